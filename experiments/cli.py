@@ -1,0 +1,252 @@
+"""The `codi` command: one line in `COMMANDS` per subcommand, and the one way in which an entry point is run.
+
+`codi <name> …` and `python -m experiments.<module> …` do the same: read a configuration dataclass with tyro and call
+`main(config)`. A study module therefore ends with
+
+    if __name__ == "__main__":
+        from experiments.cli import run_module
+
+        run_module(__name__)
+
+and offers `main(config)` beside `Config` (a dataclass, or a union of dataclasses, one per nested subcommand) or
+`CONFIG`, the same under another name. Every field carries a docstring: it is the help text. A mistake of the caller
+(ValueError, a file that cannot be read or written, an option that cannot be parsed) is one line on stderr and exit
+code 2; Ctrl-C is exit code 130; set CODI_DEBUG=1 to see the traceback.
+
+Knows nothing about models or tensors: `codi --help` and `codi --version` import neither torch nor the studies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+__all__ = ["COMMANDS", "UsageError", "available", "main", "run", "run_module"]
+
+# name -> (module, one line of help). Modules that are not there are not listed.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "sweep": ("experiments.sweep", "steer every latent pair, position and coefficient, beside random controls"),
+    "stats": ("experiments.stats", "recompute the statistics of a run folder from its trials"),
+    "plot": ("experiments.plots", "draw the figures of a run folder"),
+    "eval": ("experiments.evaluate", "accuracy by number of latents and by mode of answering, with intervals"),
+    "train": ("experiments.train", "train a CODI model: teacher, then self-distillation"),
+    "lens": ("experiments.lens", "logit lens and tuned lens on latents: train, show, detect, difference, transfer"),
+    "alternation": ("experiments.alternation", "do even latents store and odd latents compute? one test, one verdict"),
+    "patch": ("experiments.patch", "replace latents by means, values, other prompts' latents or noise"),
+    "necessity": ("experiments.necessity", "which latents, and which subsets of them, the answer needs"),
+    "transfer": ("experiments.transfer", "ablate the prompt, carry latents from one prompt to another"),
+    "pca": ("experiments.pca", "principal components of latents and cache entries; where each edit's effect goes"),
+    "anchors": ("experiments.anchors", "thought anchors: resample a latent, suppress attention, see what changes"),
+    "early-exit": ("experiments.early_exit", "answer after each latent: agreement, calibration, latents saved"),
+}
+
+DISTRIBUTION = "codi-steering"
+
+# What tyro and Python say about a value that cannot be read, down to the value.
+_UNREADABLE = (
+    r"Could not find valid parse for arguments: \[(.*)\]",
+    r"invalid literal for int\(\) with base 10: (.*)",
+    r"could not convert string to float: (.*)",
+)
+
+
+class UsageError(ValueError):
+    """An option that cannot be read; the message is one line that says what was given and what is allowed."""
+
+
+def available() -> dict[str, tuple[str, str]]:
+    """The subcommands whose module is there, without importing it."""
+    return {name: entry for name, entry in COMMANDS.items() if importlib.util.find_spec(entry[0]) is not None}
+
+
+def version() -> str:
+    """Version of the installed project."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError("the project is not installed here: pip install -c constraints.txt -e .") from None
+
+
+def usage() -> str:
+    """The text of `codi --help`."""
+    commands = available()
+    width = max(map(len, commands), default=0)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in commands.items()]
+    return "\n".join(
+        [
+            "usage: codi [-h] [--version] COMMAND [OPTIONS]",
+            "",
+            "Look into, steer and test the latent reasoning steps of CODI models.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "codi COMMAND --help explains every option, with unit and default.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `codi` command."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with _one_line_errors("codi"):
+        if not given:
+            print(usage(), file=sys.stderr)
+            sys.exit(2)
+        name, rest = given[0], given[1:]
+        if name in ("-h", "--help"):
+            print(usage())
+            return
+        if name == "--version":
+            print(f"codi {version()}")
+            return
+        commands = available()
+        if name not in commands:
+            raise UsageError(f"unknown command {name!r}; allowed: {', '.join(commands)}")
+    with _one_line_errors(f"codi {name}"):
+        module = importlib.import_module(commands[name][0])
+        function, config = _entry(module)
+    run(function, config, rest, prog=f"codi {name}")
+
+
+def run_module(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Run a study as `python -m experiments.<module>` does.
+
+    Args:
+        name: `__name__` of the calling module ("__main__"), or its importable name.
+        arguments: command line; None: that of the process.
+    """
+    if name == "__main__":
+        spec = sys.modules["__main__"].__spec__
+        if spec is None:  # started by path
+            file = sys.modules["__main__"].__file__ or ""
+            name = "experiments." + os.path.splitext(os.path.basename(file))[0]
+        else:
+            name = spec.name
+    # Imported under its own name, so that its classes are the same objects for everybody.
+    function, config = _entry(importlib.import_module(name))
+    run(function, config, arguments, prog=f"python -m {name}")
+
+
+def run(function: Callable[[Any], object], config: Any, arguments: Sequence[str] | None = None, prog: str = "") -> None:
+    """Read `config` from the command line and call `function` with it; a failure of the caller's making is one line.
+
+    Args:
+        function: the study's `main`.
+        config: dataclass, or union of dataclasses (nested subcommands).
+        arguments: command line without the program's name; None: that of the process.
+        prog: name shown in usage and error lines.
+    """
+    prog = prog or os.path.basename(sys.argv[0])
+    with _one_line_errors(prog):
+        function(parse(config, sys.argv[1:] if arguments is None else arguments, prog))
+
+
+def parse(config: Any, arguments: Sequence[str], prog: str) -> Any:
+    """An instance of `config` read from the command line.
+
+    Raises:
+        UsageError: an option that is unknown, missing or cannot be read.
+        SystemExit: with code 0 after --help.
+    """
+    import tyro
+
+    def attempt(given: Sequence[str]) -> tuple[Any, str]:
+        messages = io.StringIO()
+        with contextlib.redirect_stderr(messages):
+            try:
+                return tyro.cli(config, prog=prog, args=list(given), config=(tyro.conf.OmitSubcommandPrefixes,)), ""
+            except SystemExit as stop:
+                if stop.code in (0, None):
+                    raise
+        return None, messages.getvalue()
+
+    value, message = attempt(arguments)
+    if not message:
+        return value
+    with _wide_terminal():  # once more, for a message that is not broken into lines
+        _, message = attempt(arguments)
+        if "Unrecognized options" in message and not arguments[0].startswith("-"):
+            _, choices = attempt(())  # a nested subcommand that does not exist: say which ones do
+            if "Missing subcommand" in choices and f"Unrecognized options: {arguments[0]}" in message:
+                message = choices.replace("Expected", f"unknown command {arguments[0]!r}: expected")
+    raise UsageError(_plain(message, prog))
+
+
+def _entry(module: ModuleType) -> tuple[Callable[[Any], object], Any]:
+    """`main` and the configuration of a study module."""
+    config = getattr(module, "CONFIG", None) or getattr(module, "Config", None)
+    assert config is not None and hasattr(module, "main"), f"{module.__name__} must offer main(config) and Config"
+    return module.main, config
+
+
+def _plain(message: str, prog: str) -> str:
+    """What tyro says in a box, as one line: the complaint, and the form of the option it is about."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith(("╭", "╰", "+-")):
+            continue
+        if re.fullmatch(r"[─-]{3,}", line):
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    complaint = " ".join(sections[0]).removeprefix("Error parsing ").rstrip(". ")
+    for reason in _UNREADABLE:
+        complaint = re.sub(reason, r"cannot read \1", complaint)
+    for section in sections[1:]:
+        if section and section[0].startswith("Argument helptext"):
+            complaint += f"; allowed: {re.split(r'  +', section[1])[0]}"
+    return f"{complaint}; see {prog} --help"
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+@contextlib.contextmanager
+def _one_line_errors(prog: str) -> Iterator[None]:
+    """Turn a caller's mistake into one line on stderr and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output (head, less) has gone: not a failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("CODI_DEBUG"):
+            raise
+        print(f"{prog}: error: {_describe(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _describe(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{error.strerror}: {names}" if names else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Problems to be answered: the `Problem` record, and `load_task`, which finds them by name, by file or by hub id.
+
+Generated tasks ("arithmetic", "templates") need no files; data sets are read by experiments/tasks/readers.py. Knows
+nothing about models: the sentence that a checkpoint expects after a question is passed in as `suffix`
+(`model.protocol.question_suffix`).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from experiments.tasks.answers import extract_answer, is_correct
+from experiments.tasks.problem import Problem
+
+__all__ = ["Problem", "TASK_NAMES", "extract_answer", "is_correct", "load_task", "split_by_cluster"]
+
+TASK_NAMES = ("arithmetic", "templates")
+"""The generated tasks; everything else is a path or a hub id."""
+ARITHMETIC_COUNT = 1000
+"""Problems of task "arithmetic", which is endless, when no limit is given."""
+
+
+def load_task(
+    task: str,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    suffix: str = "",
+    min_steps: int | None = None,
+    max_steps: int | None = None,
+) -> list[Problem]:
+    """Problems of a task.
+
+    Args:
+        task: "arithmetic" or "templates" (generated), or a path to a file or folder, or a hub id such as
+            "openai/gsm8k". A hub id may carry a configuration after a colon: "openai/gsm8k:main".
+        split: split of the generator ("train", "derivation", "test"; see there) or of the data set; "published" is the
+            one that the published CODI evaluation of a hub data set reads. A single local file has no splits and is
+            read whole (`split_by_cluster` makes two parts of it).
+        limit: number of problems; None: all (1,000 of "arithmetic"). Of a data set a random choice is taken (seeded, in
+            file order), because the first records of some files share one template.
+        seed: of the generator, or of that choice.
+        suffix: text the checkpoint expects after every question (`model.protocol.question_suffix`); not added twice.
+        min_steps, max_steps: keep problems of that many steps only; None: no bound. Problems whose steps are unknown
+            are dropped if a bound is given.
+
+    Raises:
+        ValueError: unknown task (the allowed ones are listed), an empty or broken file, records without answers,
+            no problem left.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if min_steps is not None and max_steps is not None and min_steps > max_steps:
+        raise ValueError(f"min_steps must not exceed max_steps, got {min_steps} and {max_steps}")
+    if not isinstance(suffix, str):
+        raise ValueError(f"suffix must be the text itself, such as model.protocol.question_suffix, got {suffix!r}")
+    if task in TASK_NAMES:
+        problems = _generate(task, split, limit, seed, min_steps, max_steps)
+    else:
+        from experiments.tasks.readers import read_problems
+
+        problems = read_problems(task, split)
+        if min_steps is not None or max_steps is not None:
+            low, high = min_steps or 1, max_steps if max_steps is not None else float("inf")
+            problems = [problem for problem in problems if low <= len(problem.steps) <= high]
+            if not problems:
+                raise ValueError(f"{task}: no problem has between {low} and {high} steps")
+        if limit is not None and limit < len(problems):
+            problems = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
+    if suffix.strip():
+        problems = [_with_suffix(problem, suffix) for problem in problems]
+    return problems
+
+
+def split_by_cluster(
+    problems: list[Problem], fraction: float = 0.5, seed: int = 0
+) -> tuple[list[Problem], list[Problem]]:
+    """Two disjoint lists that share no cluster and no question: (derivation, evaluation).
+
+    Args:
+        problems: at least two clusters.
+        fraction: share of the clusters, between 0 and 1 (exclusive), that goes to the first list.
+        seed: of the shuffle of clusters.
+
+    Raises:
+        ValueError: fraction outside (0, 1), or fewer than two groups.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must be between 0 and 1 (exclusive), got {fraction}")
+    # A cluster and every other cluster that has one of its questions belong together.
+    group: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        group.setdefault(key, key)
+        while group[key] != key:
+            key = group[key]
+        return key
+
+    for problem in problems:
+        group[root("cluster:" + problem.cluster)] = root("question:" + problem.question)
+    groups = sorted({root("question:" + problem.question) for problem in problems})
+    if len(groups) < 2:
+        raise ValueError(f"cannot split {len(problems)} problems that all belong to one cluster")
+    random.Random(seed).shuffle(groups)
+    first = set(groups[: min(max(round(fraction * len(groups)), 1), len(groups) - 1)])
+    sides: tuple[list[Problem], list[Problem]] = ([], [])
+    for problem in problems:
+        sides[root("question:" + problem.question) not in first].append(problem)
+    return sides
+
+
+def _generate(
+    task: str, split: str, limit: int | None, seed: int, min_steps: int | None, max_steps: int | None
+) -> list[Problem]:
+    if task == "arithmetic":
+        from experiments.tasks import arithmetic
+
+        low = 1 if min_steps is None else min_steps
+        high = arithmetic.MAX_STEPS if max_steps is None else max_steps
+        return arithmetic.generate(ARITHMETIC_COUNT if limit is None else limit, seed, split, low, high)
+    from experiments.tasks import templates
+
+    if min_steps is not None or max_steps is not None:
+        raise ValueError("the problems of task 'templates' all have 3 steps: leave min_steps and max_steps out")
+    return templates.generate(limit, seed, split)
+
+
+def _with_suffix(problem: Problem, suffix: str) -> Problem:
+    if problem.question.rstrip().endswith(suffix.strip()):
+        return problem
+    return replace(problem, question=problem.question + suffix)
