@@ -27,8 +27,8 @@ latent-pair steering plots                     latent k                         
 tuned-lens training of the same                index k - 1 (0-based)               latent k
 =============================================  ==================================  =====================
 
-Units: probabilities and accuracies are fractions; entropies, divergences and log-probabilities are in nats; coefficients
-are multiples of one mean difference.
+Units: probabilities and accuracies are fractions; entropies, divergences and log-probabilities are in nats;
+coefficients are multiples of one mean difference.
 """
 
 from codi.checkpoint import KNOWN, CheckpointError, load_codi, save_checkpoint

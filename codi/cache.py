@@ -1,8 +1,8 @@
 """The only file that touches transformers' cache and attention interfaces.
 
 Key-value caches are :class:`transformers.DynamicCache` objects whose layers hold `keys` and `values`, each
-(batch, kv_head, position, d_head), keys after the rotary rotation. Every cache here is a *full* one, also for models with
-sliding windows (their masks do the windowing), so a slot can be addressed by its position.
+(batch, kv_head, position, d_head), keys after the rotary rotation. Every cache here is a *full* one, also for models
+with sliding windows (their masks do the windowing), so a slot can be addressed by its position.
 
 A cache that was passed in is never modified: growth concatenates and edits write new tensors, so a clone may share its
 tensors with the original until one of them changes.
@@ -11,6 +11,7 @@ tensors with the original until one of them changes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,13 @@ def build_cache(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> DynamicCache:
 
 
 def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(_filled(layer).keys, _filled(layer).values) for layer in cache.layers]
+
+
+def _filled(layer: Any) -> Any:
+    """The layer itself (transformers' annotations allow kinds of layers without keys; `build_cache` makes none)."""
+    assert layer.keys is not None, "an empty cache layer has no slots"
+    return layer
 
 
 def cache_length(cache: DynamicCache) -> int:
@@ -96,7 +103,7 @@ def replace_slot(cache: DynamicCache, layer: int, position: int, keys: Tensor, v
 
     The tensors of the cache are replaced, not written, so clones that shared them keep the old numbers.
     """
-    entry = cache.layers[layer]
+    entry = _filled(cache.layers[layer])
     shape = (*entry.keys.shape[:2], entry.keys.shape[3])
     if keys.shape != shape or values.shape != shape:
         raise ValueError(

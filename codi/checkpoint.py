@@ -6,8 +6,8 @@ Two published layouts load, from a folder or a hub id (see protocol.py for what 
 - *answer-only*: the same, with a tokenizer that names `[PAD]`, `<|bocot|>`, `<|eocot|>`.
 
 Keys are those of the published wrapper: `codi.base_model.model.…` with `.base_layer.weight`, `.lora_A.default.weight`,
-`.lora_B.default.weight`, and `prj.1`, `prj.3`, `prj.ln`. The checkpoint holds every weight, so of the base model only the
-configuration and the tokenizer are read. A folder may carry a `codi.json` (written by `save_checkpoint`)::
+`.lora_B.default.weight`, and `prj.1`, `prj.3`, `prj.ln`. The checkpoint holds every weight, so of the base model only
+the configuration and the tokenizer are read. A folder may carry a `codi.json` (written by `save_checkpoint`)::
 
     {"base": "base", "protocol": {…}, "lora_r": 64, "lora_alpha": 16, "n_latents": 6, "prj_dim": 192}
 
@@ -40,7 +40,9 @@ from transformers.pytorch_utils import Conv1D
 from codi.model import CodiModel, Projection
 from codi.protocol import FAMILIES, PROTOCOL_TOKENS, Protocol, UserError, answer_only, original
 
-__all__ = ["KNOWN", "CheckpointError", "KnownCheckpoint", "load_codi", "save_checkpoint"]
+__all__ = [
+    "add_lora",
+    "reference_state","KNOWN", "CheckpointError", "KnownCheckpoint", "load_codi", "save_checkpoint"]
 
 PUBLISHED_R, PUBLISHED_ALPHA = 128, 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -564,8 +566,49 @@ def _attach_lora(
             weight.data = state[f"{layout.prefix}{module}.lora_{side}.default.weight"].to(dtype)
 
 
+#: the linear layers of a block that CODI adapts, by model type; any other type: all linear layers but the head
+LORA_TARGETS = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -> None:
+    """Freeze a base model and give every linear layer of its blocks trainable LoRA weights, in place.
+
+    weight + (alpha / r) · B A, with B = 0 at the start: the model computes what it did before.
+
+    Args:
+        base: Hugging Face causal language model.
+        r, alpha: rank and scale; published CODI uses 128 and 32.
+        dropout: on the input of the LoRA branch, 0..1.
+
+    Source: Hu et al. 2021, LoRA, arXiv 2106.09685; settings of Shen et al. 2025, arXiv 2502.21074.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if r < 1:
+        raise UserError(f"the LoRA rank must be at least 1, got {r}")
+    kind = base.config.model_type
+    targets = LORA_TARGETS.get(kind, LLAMA_TARGETS)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        fan_in_fan_out=kind == "gpt2",
+    )
+    inject_adapter_in_model(config, base)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def reference_state(model: CodiModel) -> dict[str, Tensor]:
+    """State dict of a model in training, under the keys of the reference wrapper (`codi.base_model.model.…`, `prj.…`)."""
+    state = {f"codi.base_model.model.{name}": tensor for name, tensor in model.base.state_dict().items()}
+    return state | {f"prj.{name}": tensor for name, tensor in model.prj.state_dict().items()}
+
+
 def _check_cache(model: CodiModel) -> None:
-    """Cached = uncached on one short prompt: the base model's cache, mask and positions work as rollout.py needs them."""
+    """Cached = uncached on one short prompt: cache, mask and positions of the base model work as rollout.py needs."""
     batch = model.encode(["1+1=?"])
     whole = model.prefill(batch, keep=()).state
     first = model.prefill(type(batch)(batch.input_ids[:, :-1], batch.attention_mask[:, :-1]), keep=())

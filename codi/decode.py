@@ -1,8 +1,8 @@
 """Answers: end of thought after a run, then tokens until the end of text, greedy or sampled.
 
 Rows that are finished leave the batch, logits are computed only where they are read, and the cache of the run that was
-passed in is left as it was. Attention mask and position ids go on where the rollout stopped. Branches over a shared prefix
-are in branches.py. Knows nothing about right or wrong::
+passed in is left as it was. Attention mask and position ids go on where the rollout stopped. Branches over a shared
+prefix are in branches.py. Knows nothing about right or wrong::
 
     run = model.rollout(model.encode(["question"]))
     decode_answers(model, run).texts
@@ -45,7 +45,7 @@ class Answers:
 
 
 def default_new_tokens(model: CodiModel, mode: Literal["latent", "direct", "verbal"] = "latent") -> int:
-    """Longest answer that is waited for: 256 tokens with a written chain, else 16 for a bare number, 64 for a sentence."""
+    """Longest answer waited for: 256 tokens with a written chain, else 16 for a bare number, 64 for a sentence."""
     if mode == "verbal":
         return 256
     return 16 if model.protocol.answer_style == "number" else 64
@@ -86,16 +86,16 @@ def decode_answers(
 ) -> Answers:
     """Decode the answers that follow a run.
 
-    After a rollout the protocol's end-of-thought tokens are fed first. After a prefill (a prompt encoded for a direct or
-    verbal answer) decoding starts at once. The run and its cache are not modified.
+    After a rollout the protocol's end-of-thought tokens are fed first. After a prefill (a prompt encoded for a direct
+    or verbal answer) decoding starts at once. The run and its cache are not modified.
 
     Args:
         model: the model.
         run: a rollout that kept its cache, or a prefill.
         max_new_tokens: at most this many tokens per answer; None: `default_new_tokens`.
         temperature: 0 is greedy; otherwise logits are divided by it and tokens are drawn.
-        generator: source of the draws (on the CPU); each row uses its own uniform numbers, so an answer does not depend on
-            when its neighbours finish.
+        generator: source of the draws (on the CPU); each row uses its own uniform numbers, so an answer does not depend
+            on when its neighbours finish.
         interventions: of which `edit_mask` with k = n_latents + 1 applies.
         keep_first_logits: also return the logits at the first answer position.
         uniforms: (batch, max_new_tokens) in [0, 1), instead of a generator.
@@ -200,7 +200,7 @@ def answer(
         model: the model.
         texts: questions, used as they are (no suffix is added).
         n_latents: latents, 0 or more; used in mode "latent" only.
-        mode: "latent" thoughts, "direct" (no thought), "verbal" (the model writes its chain first; it is in the answer).
+        mode: "latent" thoughts, "direct" (no thought), "verbal" (the model writes its chain first, in the answer).
         max_new_tokens: at most this many tokens per answer; None: `default_new_tokens` of the mode.
         temperature: 0 is greedy; above 0 a seed is needed.
         seed: of the draws. An answer depends on seed and place in `texts`, not on batch_size.

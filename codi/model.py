@@ -89,7 +89,7 @@ class CodiModel:
         outside = [i for i in protocol.token_ids if i >= self.vocab_size]
         if outside:
             raise UserError(
-                f"protocol {protocol.name!r} uses token {outside[0]}, but the vocabulary has ids 0..{self.vocab_size - 1}"
+                f"protocol {protocol.name!r} uses token {outside[0]}, the vocabulary has ids 0..{self.vocab_size - 1}"
             )
 
     @property

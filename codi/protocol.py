@@ -1,7 +1,7 @@
 """How a checkpoint family asks and answers: token order, ids, excluded logits and answer style.
 
-A :class:`Protocol` is a small frozen record that belongs to a checkpoint and is saved beside results. It knows token ids
-and nothing else: no model, no tokenizer object, no data set. The named families are
+A :class:`Protocol` is a small frozen record that belongs to a checkpoint and is saved beside results. It knows token
+ids and nothing else: no model, no tokenizer object, no data set. The named families are
 
 =============  ==========================================  =====================  ==========================
 name           fed before the latents                      fed after the latents  the answer
@@ -50,7 +50,7 @@ class Protocol:
         before_verbal: fed after the question when the model writes its chain of thought.
         excluded_logits: vocabulary ids that are never an answer token.
         answer_style: "number" (the bare number) or "the-answer-is" ("The answer is: 42").
-        question_suffix: sentence that ended every training question. Readers of data sets append it; `encode` never does.
+        question_suffix: sentence that ended every training question. Data-set readers append it; `encode` never does.
     """
 
     name: str

@@ -4,8 +4,8 @@
     z_k = prj(h_{k-1})        the embedding fed at latent k, k = 1..n
     h_k = last state that results at latent k
 
-One code path for every base model. Attention mask and position ids are carried from the prompt through the latents (and by
-decode.py through the answer), so a prompt gives the same numbers alone and in a left-padded batch.
+One code path for every base model. Attention mask and position ids are carried from the prompt through the latents (and
+by decode.py through the answer), so a prompt gives the same numbers alone and in a left-padded batch.
 
 Knows nothing about answers or files. Use through the model::
 
@@ -94,8 +94,8 @@ class Intervention:
     k = 0 is the begin-of-thought token. Several interventions are applied in the order given. They leave no trace: the
     model, and a prefill or run that the rollout started from, are as before.
 
-    The prompt is computed by `prefill`, so `edit_prompt_layer` and k = 0 take effect there; a rollout that starts from a
-    finished prefill has no prompt left to edit.
+    The prompt is computed by `prefill`, so `edit_prompt_layer` and k = 0 take effect there; a rollout that starts from
+    a finished prefill has no prompt left to edit.
     """
 
     def edit_prompt_layer(self, layer: int, x: Tensor) -> Tensor:
@@ -121,8 +121,8 @@ class Intervention:
         return keys, values
 
     def edit_mask(self, k: int, mask: Tensor) -> Tensor:
-        """(batch, key position) bool, True where the query at latent k = 1..n may look; k = n + 1: every position of the
-        answer. The padding is False already."""
+        """(batch, key position) bool, True where the query at latent k = 1..n may look; k = n + 1: every position of
+        the answer. The padding is False already."""
         return mask
 
 
@@ -306,8 +306,8 @@ def _tapped(
 
 @dataclass(frozen=True)
 class Step:
-    """Output of `feed`: last state (batch, position, d_model); on request hidden states (batch, position, layer, d_model)
-    and attentions (batch, position, layer, head, key position)."""
+    """Output of `feed`: last state (batch, position, d_model); on request hidden states (batch, position, layer,
+    d_model) and attentions (batch, position, layer, head, key position)."""
 
     last: Tensor
     hidden_states: Tensor | None

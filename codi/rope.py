@@ -2,8 +2,8 @@
 
 Cached keys hold the rotation of the position they were written at. A mean of keys over prompts of different length
 blurs them, so directions are formed from un-rotated ("content") keys and rotated to the slot they are added to. The
-frequencies and the scale are those of the model itself, also when a checkpoint rounds them. Bases with absolute positions
-(GPT-2) do not rotate: for them both functions return their input.
+frequencies and the scale are those of the model itself, also when a checkpoint rounds them. Bases with absolute
+positions (GPT-2) do not rotate: for them both functions return their input.
 """
 
 from __future__ import annotations
