@@ -8,10 +8,10 @@
 
         run_module(__name__)
 
-and offers `main(config)` beside `Config` (a dataclass, or a union of dataclasses, one per nested subcommand) or
-`CONFIG`, the same under another name. Every field carries a docstring: it is the help text. A mistake of the caller
-(ValueError, a file that cannot be read or written, an option that cannot be parsed) is one line on stderr and exit
-code 2; Ctrl-C is exit code 130; set CODI_DEBUG=1 to see the traceback.
+and offers `main(config)` beside `Config`: a dataclass, or a union of dataclasses, one per nested subcommand (`CONFIG`
+and a single dataclass named `…Config` do as well). Every field carries a docstring: it is the help text. A mistake of
+the caller (ValueError, a file that cannot be read or written, an option that cannot be parsed) is one line on stderr
+and exit code 2; Ctrl-C is exit code 130; set CODI_DEBUG=1 to see the traceback.
 
 Knows nothing about models or tensors: `codi --help` and `codi --version` import neither torch nor the studies.
 """
@@ -19,6 +19,7 @@ Knows nothing about models or tensors: `codi --help` and `codi --version` import
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -54,6 +55,7 @@ DISTRIBUTION = "codi-steering"
 # What tyro and Python say about a value that cannot be read, down to the value.
 _UNREADABLE = (
     r"Could not find valid parse for arguments: \[(.*)\]",
+    r"no type matching .* could be instantiated from \[(.*?)\]\..*",
     r"invalid literal for int\(\) with base 10: (.*)",
     r"could not convert string to float: (.*)",
 )
@@ -183,8 +185,12 @@ def parse(config: Any, arguments: Sequence[str], prog: str) -> Any:
 
 
 def _entry(module: ModuleType) -> tuple[Callable[[Any], object], Any]:
-    """`main` and the configuration of a study module."""
+    """`main` and the configuration of a study module: CONFIG, Config, or its only dataclass named …Config."""
     config = getattr(module, "CONFIG", None) or getattr(module, "Config", None)
+    if config is None:
+        own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+        named = [value for value in own if dataclasses.is_dataclass(value) and value.__name__.endswith("Config")]
+        config = named[0] if len(named) == 1 else None
     assert config is not None and hasattr(module, "main"), f"{module.__name__} must offer main(config) and Config"
     return module.main, config
 
@@ -200,7 +206,7 @@ def _plain(message: str, prog: str) -> str:
             sections.append([])
         elif line:
             sections[-1].append(line)
-    complaint = " ".join(sections[0]).removeprefix("Error parsing ").rstrip(". ")
+    complaint = re.sub(r"^Error parsing (\w+: (?=[a-z]))?", "", " ".join(sections[0])).rstrip(". ")
     for reason in _UNREADABLE:
         complaint = re.sub(reason, r"cannot read \1", complaint)
     for section in sections[1:]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from experiments.tasks.answers import extract_answer, is_correct
 from experiments.tasks.problem import Problem
 
-__all__ = ["Problem", "TASK_NAMES", "extract_answer", "is_correct", "load_task", "split_by_cluster"]
+__all__ = ["Problem", "TASK_NAMES", "extract_answer", "is_correct", "load_task", "split_by_cluster", "with_suffix"]
 
 TASK_NAMES = ("arithmetic", "templates")
 """The generated tasks; everything else is a path or a hub id."""
@@ -68,9 +68,19 @@ def load_task(
                 raise ValueError(f"{task}: no problem has between {low} and {high} steps")
         if limit is not None and limit < len(problems):
             problems = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
-    if suffix.strip():
-        problems = [_with_suffix(problem, suffix) for problem in problems]
-    return problems
+    return with_suffix(problems, suffix)
+
+
+def with_suffix(problems: list[Problem], suffix: str) -> list[Problem]:
+    """The problems with a text after every question, except where the question ends in it already."""
+    if not suffix.strip():
+        return problems
+    return [
+        problem
+        if problem.question.rstrip().endswith(suffix.strip())
+        else replace(problem, question=problem.question + suffix)
+        for problem in problems
+    ]
 
 
 def split_by_cluster(
@@ -124,9 +134,3 @@ def _generate(
     if min_steps is not None or max_steps is not None:
         raise ValueError("the problems of task 'templates' all have 3 steps: leave min_steps and max_steps out")
     return templates.generate(limit, seed, split)
-
-
-def _with_suffix(problem: Problem, suffix: str) -> Problem:
-    if problem.question.rstrip().endswith(suffix.strip()):
-        return problem
-    return replace(problem, question=problem.question + suffix)

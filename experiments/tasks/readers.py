@@ -51,8 +51,8 @@ HUB_DEFAULTS: dict[str, tuple[str | None, str]] = {
 }
 
 TASK_HELP = (
-    f"allowed: arithmetic, templates, a file ending in {', '.join(FILE_TYPES)}, a folder in the layout of a hub data set, "
-    f"or a hub id such as {', '.join(HUB_DEFAULTS)}"
+    f"allowed: arithmetic, templates, a file ending in {', '.join(FILE_TYPES)}, a folder in the layout of a hub data "
+    f"set, or a hub id such as {', '.join(HUB_DEFAULTS)}"
 )
 
 _QUESTION_FIELDS = ("question_concat", "sQuestion", "question", "instruction", "prompt", "input")
@@ -321,7 +321,7 @@ def _values(steps: tuple[str, ...]) -> tuple[int | float, ...]:
 def _cluster(question: str) -> str:
     """The numbers of a question, sorted; its text where it has fewer than two."""
     numbers = sorted(numbers_in(question))
-    return ",".join(f"{number:g}" for number in numbers) if len(numbers) > 1 else " ".join(question.lower().split())
+    return ",".join(f"{number:.15g}" for number in numbers) if len(numbers) > 1 else " ".join(question.lower().split())
 
 
 def _first(record: Mapping[str, Any], fields: Iterable[str]) -> Any:

@@ -1,0 +1,352 @@
+"""`codi eval`: how often a model is right, by number of latents and by mode of answering, with intervals.
+
+The prompt and the longest thought are computed once per problem; an answer after k latents starts from that run cut
+after latent k. Intervals are 95 % bootstrap intervals over clusters (problems that share their numbers are not
+independent). Text without a number is wrong and counted apart.
+
+Runs as `codi eval` or `python -m experiments.evaluate`. Knows nothing about steering.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from experiments.tasks import Problem, extract_answer, is_correct, load_task, with_suffix
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from codi import CodiModel
+
+__all__ = ["Config", "accuracy_table", "evaluate", "main", "markdown"]
+
+Mode = Literal["latent", "direct", "verbal"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Accuracy by number of latents and by mode of answering, with intervals."""
+
+    model: str = "checkpoints/tiny"
+    """Checkpoint: a folder or a hub id such as bcywinski/codi_llama1b-answer_only."""
+    task: str = "arithmetic"
+    """What is asked: arithmetic, templates, a file (prompts.json, GSM8K .jsonl, GSM8K-Aug .txt, SVAMP or MultiArith
+    .json, .parquet), a folder in the layout of a hub data set, or a hub id such as openai/gsm8k."""
+    split: str = "test"
+    """Split of the task: train, derivation or test of a generated task; that of a folder or hub data set (published:
+    the one that the published evaluation reads). Not used for a single file."""
+    limit: int | None = None
+    """Number of problems, a seeded random choice of a data set; None: all (1,000 of arithmetic)."""
+    min_steps: int | None = None
+    """Only problems of at least this many steps; None: no bound."""
+    max_steps: int | None = None
+    """Only problems of at most this many steps; None: no bound."""
+    suffix: bool = True
+    """Append the sentence that ended the checkpoint's training questions (question_suffix of its protocol), if any."""
+    modes: tuple[Mode, ...] = ("latent", "direct", "verbal")
+    """Ways of answering: after latents, directly (no thought), or after a written chain of thought."""
+    latents: tuple[int, ...] | None = None
+    """Numbers of latents for mode latent, 0 or more; None: 0 to the number the model was trained with."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; None: 16 (64 for a sentence), and 256 with a written chain."""
+    temperature: float = 0.0
+    """0: greedy answers; above 0: sampled at this temperature. Every condition uses the same random numbers."""
+    batch_size: int = 128
+    """Problems computed at once; halved by itself if memory runs out."""
+    seed: int = 0
+    """Seed of the problems, of sampled answers and of the bootstrap."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: CUDA if there is any."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights."""
+    base: str | None = None
+    """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
+    protocol: Literal["original", "original-eos", "answer-only"] | None = None
+    """Token order; None: what the checkpoint says or looks like."""
+    mask: Literal["carried", "published"] = "carried"
+    """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
+    out: Path | None = None
+    """Write the table to this file: .json (with options and versions) or .csv."""
+    answers: Path | None = None
+    """Write every answer to this .csv file."""
+
+    def __post_init__(self) -> None:
+        if not self.modes:
+            raise ValueError("modes must name at least one of latent, direct, verbal")
+        if self.latents is not None and (not self.latents or min(self.latents) < 0):
+            raise ValueError(f"latents must be 0 or more, got {' '.join(map(str, self.latents)) or 'none'}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch-size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.out is not None and self.out.suffix not in (".json", ".csv"):
+            raise ValueError(f"out must end in .json or .csv, got {self.out}")
+        if self.answers is not None and self.answers.suffix != ".csv":
+            raise ValueError(f"answers must end in .csv, got {self.answers}")
+
+
+def evaluate(
+    model: CodiModel,
+    problems: Sequence[Problem],
+    modes: Sequence[Mode] = ("latent", "direct", "verbal"),
+    latents: Sequence[int] | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+    advance: Callable[[int], object] = lambda answers: None,
+) -> pd.DataFrame:
+    """Answer every problem under every condition.
+
+    Args:
+        model: the model.
+        problems: at least one.
+        modes: ways of answering.
+        latents: numbers of latents for mode "latent"; None: 0 to `model.n_latents`.
+        max_new_tokens: longest answer; None: the default of the mode.
+        temperature: 0 is greedy; above 0 the draws depend on `seed` and the problem's place only.
+        batch_size: problems at once, halved when memory runs out.
+        advance: called with the number of answers just made.
+
+    Returns:
+        One row per problem x condition, in the order of conditions and problems: mode, n_latents (-1 outside mode
+        "latent"), prompt_id, cluster, operation, n_steps, answer, text, prediction (NaN: none), correct, parsed.
+    """
+    import pandas as pd
+    import torch
+
+    from codi.decode import default_new_tokens
+
+    if not problems:
+        raise ValueError("evaluate needs at least one problem, got none")
+    counts = sorted(set(range(model.n_latents + 1) if latents is None else latents))
+    conditions: list[tuple[Mode, int]] = []
+    for mode in dict.fromkeys(modes):
+        conditions += [("latent", k) for k in counts] if mode == "latent" else [(mode, -1)]
+    texts: dict[tuple[Mode, int], list[str]] = {condition: [""] * len(problems) for condition in conditions}
+
+    for mode in dict.fromkeys(modes):
+        limit = default_new_tokens(model, mode) if max_new_tokens is None else max_new_tokens
+        uniforms = None
+        if temperature > 0:
+            generator = torch.Generator().manual_seed(seed)
+            uniforms = torch.rand(len(problems), limit, generator=generator, dtype=torch.float64)
+        order = sorted(range(len(problems)), key=lambda i: -len(problems[i].question))  # the largest batch first
+        start, size = 0, batch_size
+        while start < len(order):
+            rows = order[start : start + size]
+            drawn = None if uniforms is None else uniforms[rows]
+            try:
+                found = _answer(model, [problems[i].question for i in rows], mode, counts, limit, temperature, drawn)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise ValueError("one problem does not fit into memory: use a smaller dtype or the CPU") from None
+                size = (size + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            for condition, answers in found.items():
+                for i, text in zip(rows, answers, strict=True):
+                    texts[condition][i] = text
+                advance(len(rows))
+            start += len(rows)
+
+    records = []
+    for (mode, count), answers in texts.items():
+        for problem, text in zip(problems, answers, strict=True):
+            prediction = extract_answer(text)
+            records.append(
+                {
+                    "mode": mode,
+                    "n_latents": count,
+                    "prompt_id": problem.prompt_id,
+                    "cluster": problem.cluster or problem.prompt_id,
+                    "operation": problem.operation,
+                    "n_steps": len(problem.steps),
+                    "answer": problem.answer,
+                    "text": text,
+                    "prediction": float("nan") if prediction is None else prediction,
+                    "correct": is_correct(text, problem.answer),
+                    "parsed": prediction is not None,
+                }
+            )
+    return pd.DataFrame(records)
+
+
+def _answer(
+    model: CodiModel,
+    questions: list[str],
+    mode: Mode,
+    counts: Sequence[int],
+    limit: int,
+    temperature: float,
+    uniforms: torch.Tensor | None,
+) -> dict[tuple[Mode, int], list[str]]:
+    """Answers of one batch under all conditions of one mode."""
+    from codi.decode import decode_answers
+
+    prompt = model.prefill(model.encode(questions, thought=mode), keep=())
+    if mode != "latent":
+        return {(mode, -1): decode_answers(model, prompt, limit, temperature, uniforms=uniforms).texts}
+    thought = model.rollout(prompt, max(counts), keep=("cache",))
+    texts = {}
+    for k in counts:
+        texts[mode, k] = decode_answers(model, thought.truncate(k), limit, temperature, uniforms=uniforms).texts
+    return texts
+
+
+def accuracy_table(answers: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Accuracy of every condition, over all problems and by number of steps.
+
+    Args:
+        answers: from `evaluate`.
+        seed: of the bootstrap.
+
+    Returns:
+        One row per mode x n_latents x n_steps (-1: all problems), with accuracy, lower, upper (95 %, clustered
+        bootstrap; fractions), n, n_clusters and unparsed (answers without a number; they count as wrong). Where all are
+        right or all wrong a bootstrap has no width: there the interval is Clopper-Pearson over clusters.
+    """
+    import pandas as pd
+    from statsmodels.stats.proportion import proportion_confint
+
+    from experiments.stats import accuracy_interval
+
+    rows = []
+    for (mode, count), condition in answers.groupby(["mode", "n_latents"], sort=False):
+        groups = [(-1, condition)]
+        if condition["n_steps"].nunique() > 1:
+            groups += list(condition.groupby("n_steps"))
+        for steps, group in groups:
+            estimate = accuracy_interval(group["correct"].to_numpy(), group["cluster"].to_numpy(), seed=seed)
+            lower, upper = estimate.lower, estimate.upper
+            if estimate.estimate in (0.0, 1.0):
+                right = int(estimate.estimate) * estimate.n_clusters
+                lower, upper = map(float, proportion_confint(right, estimate.n_clusters, method="beta"))
+            rows.append(
+                {
+                    "mode": mode,
+                    "n_latents": count,
+                    "n_steps": steps,
+                    "accuracy": estimate.estimate,
+                    "lower": lower,
+                    "upper": upper,
+                    "n": estimate.n,
+                    "n_clusters": estimate.n_clusters,
+                    "unparsed": int((~group["parsed"]).sum()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The accuracy table as a markdown table: one line per condition, one column per number of steps."""
+    steps = sorted(table["n_steps"].unique())
+    sizes = table.groupby("n_steps")["n"].first()
+    names = {-1: "all", 0: "steps unknown", 1: "1 step"}
+    heads = [f"{names.get(k, f'{k} steps')} (n={sizes[k]})" for k in steps]
+    lines = [
+        "| mode | latents | " + " | ".join(heads) + " | no number |",
+        "|---|---|" + "---|" * len(heads) + "---|",
+    ]
+    for (mode, count), rows in table.groupby(["mode", "n_latents"], sort=False):
+        cells = rows.set_index("n_steps")
+        values = [
+            f"{cells.at[k, 'accuracy']:.3f} [{cells.at[k, 'lower']:.3f}, {cells.at[k, 'upper']:.3f}]" for k in steps
+        ]
+        shown = "–" if count < 0 else str(count)
+        lines.append(f"| {mode} | {shown} | " + " | ".join(values) + f" | {cells.at[-1, 'unparsed']} |")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    """Load, answer, print the table, write what was asked for."""
+    for path in (config.out, config.answers):  # before the work, not after it
+        if path is not None:
+            _check_writable(path)
+    problems = load_task(config.task, config.split, config.limit, config.seed, "", config.min_steps, config.max_steps)
+    from tqdm import tqdm
+
+    from codi import load_codi
+
+    model = load_codi(
+        config.model,
+        base=config.base,
+        protocol=config.protocol,
+        device=None if config.device == "auto" else config.device,
+        dtype=config.dtype,
+        mask=config.mask,
+    )
+    if config.suffix:
+        problems = with_suffix(problems, model.protocol.question_suffix)
+    n_conditions = sum(
+        (model.n_latents + 1 if config.latents is None else len(set(config.latents))) if mode == "latent" else 1
+        for mode in set(config.modes)
+    )
+    with tqdm(total=n_conditions * len(problems), unit="answer", desc="answering", smoothing=0.1) as bar:
+        answers = evaluate(
+            model,
+            problems,
+            modes=config.modes,
+            latents=config.latents,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            advance=bar.update,
+        )
+    table = accuracy_table(answers, config.seed)
+    clusters = answers["cluster"].nunique()
+    print(f"{model.name}: {config.task}, split {config.split}, {len(problems)} problems in {clusters} clusters")
+    print("Fraction right [95 % bootstrap interval over clusters]; answers without a number are wrong.\n")
+    print(markdown(table))
+    if config.out is not None:
+        _write(config.out, table.to_csv(index=False) if config.out.suffix == ".csv" else _report(config, model, table))
+    if config.answers is not None:
+        _write(config.answers, answers.to_csv(index=False))
+
+
+def _report(config: Config, model: CodiModel, table: pd.DataFrame) -> str:
+    from importlib.metadata import version
+
+    options = dataclasses.asdict(config)
+    content = {
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+        "checkpoint_hash": model.checkpoint_hash,
+        "protocol": model.protocol.to_dict(),
+        "device": str(model.device),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "accuracy": table.to_dict(orient="records"),
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _check_writable(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        probe.touch()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a temporary name first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    from experiments.cli import run_module
+
+    run_module(__name__)
