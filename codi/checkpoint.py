@@ -11,7 +11,9 @@ the configuration and the tokenizer are read. A folder may carry a `codi.json` (
 
     {"base": "base", "protocol": {…}, "lora_r": 64, "lora_alpha": 16, "n_latents": 6, "prj_dim": 192}
 
-whose paths are relative to the folder. Nothing is ever loaded non-strictly, and no pickled code is ever run.
+whose paths are relative to the folder. A SIM-CoT checkpoint may carry the decoder that its training read latents with
+(`decoder.…`, `pj_in.…`, `pj_out.…`); a rollout does not use it and it is left out. Nothing else is:
+loading is strict, and no pickled code is ever run.
 """
 
 from __future__ import annotations
@@ -41,12 +43,20 @@ from codi.model import CodiModel, Projection
 from codi.protocol import FAMILIES, PROTOCOL_TOKENS, Protocol, UserError, answer_only, original
 
 __all__ = [
+    "KNOWN",
+    "CheckpointError",
+    "KnownCheckpoint",
     "add_lora",
-    "reference_state","KNOWN", "CheckpointError", "KnownCheckpoint", "load_codi", "save_checkpoint"]
+    "load_codi",
+    "reference_state",
+    "save_checkpoint",
+]
 
 PUBLISHED_R, PUBLISHED_ALPHA = 128, 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHECKPOINTS = "checkpoints"
+CHECKPOINT, BASE = "checkpoint", "base model"
+CHECKPOINTS, BASE_FOLDER = "checkpoints", "base"
+AUXILIARY = ("decoder.", "pj_in.", "pj_out.")  # SIM-CoT's decoder of latents: used in its training, never in a rollout
 WRAPPER = "codi.base_model.model."
 PRJ_KEYS = ("prj.1.weight", "prj.1.bias", "prj.3.weight", "prj.3.bias", "prj.ln.weight", "prj.ln.bias")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -80,7 +90,8 @@ class CheckpointError(UserError):
             for kind, names in (("missing", self.missing), ("unexpected", self.unexpected), ("misshapen", shapes))
             if names
         ]
-        super().__init__(f"{where}: keys do not fit: {'; '.join(parts)}")
+        hint = "; is this the right base model?" if len(self.missing) + len(shapes) > 20 else ""
+        super().__init__(f"{where}: keys do not fit: {'; '.join(parts)}{hint}")
 
 
 def _listed(names: Sequence[str], limit: int = 12) -> str:
@@ -119,13 +130,19 @@ def _known(name: str) -> KnownCheckpoint | None:
     return next((known for hub_id, known in KNOWN.items() if name == hub_id or last == hub_id.split("/")[1]), None)
 
 
-def _is_hub_id(name: str) -> bool:
+def _is_hub_id(name: str, what: str) -> bool:
+    """Whether a name that is no folder can be a hub id: owner/name, for a base model also a bare name such as gpt2."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         return False
-    return not ("/" in name and Path(name.split("/")[0]).is_dir())
+    if "/" not in name:
+        return what != CHECKPOINT
+    owner = name.split("/")[0]
+    return owner != CHECKPOINTS and not Path(owner).is_dir()
 
 
-def _find(name: str | Path, what: str, patterns: Sequence[str], mirrors: Sequence[str] = ()) -> Path:
+def _find(
+    name: str | Path, what: str, patterns: Sequence[str], mirrors: Sequence[str] = (), needs: str | None = None
+) -> Path:
     """Folder of a checkpoint or base model: a folder is used as it is, a hub id is downloaded."""
     text = str(name)
     path = Path(text).expanduser()
@@ -133,11 +150,13 @@ def _find(name: str | Path, what: str, patterns: Sequence[str], mirrors: Sequenc
         return path
     if path.is_file():
         raise UserError(f"{what} {text} is a file; give the folder that holds it")
-    if not _is_hub_id(text):
+    if not _is_hub_id(text, what):
         raise UserError(f"{what} {text} does not exist: give a folder or a hub id such as {next(iter(KNOWN))}")
     place = f"{CHECKPOINTS}/{text.rsplit('/', 1)[-1]}"
-    option = "give that folder" if what == "checkpoint" else f"give base={place}"
+    option = "give that folder" if what == CHECKPOINT else f"give base={place}"
     other = f" ({' or '.join(mirrors)} has the same files)" if mirrors else ""
+    if needs is not None:
+        option += f", with base= its base model {needs}, got in the same way"
     try:
         return Path(snapshot_download(text, allow_patterns=list(patterns)))
     except GatedRepoError as error:
@@ -395,16 +414,20 @@ def load_codi(
     where = str(path)
     target = _device(device)
 
-    folder = _find(path, "checkpoint", ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model"))
-    settings = _read_settings(folder)
     known = _known(where)
+    needs = None if known is None else known.base if base is None else str(base)
+    folder = _find(path, CHECKPOINT, ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model"), (), needs)
+    settings = _read_settings(folder)
     base_name = base if base is not None else settings.get("base")
     if base_name is None and known is not None:
         base_name = known.base
     if base_name is None:
         raise UserError(f"{where} does not say what its base model is: give base= (a folder or a hub id)")
-    if base is None and "base" in settings and (folder / str(base_name)).is_dir():
-        base_name = folder / str(base_name)
+    if base is None and "base" in settings:
+        if (folder / str(base_name)).is_dir():
+            base_name = folder / str(base_name)
+        elif str(base_name) == BASE_FOLDER:
+            raise UserError(f"{folder / BASE_FOLDER} is missing: {folder / 'codi.json'} names it as the base model")
     patterns = (
         "config.json",
         "generation_config.json",
@@ -413,13 +436,15 @@ def load_codi(
         "vocab.*",
         "merges.txt",
     )
-    base_folder = _find(base_name, "base model", patterns, known.mirrors if known else ())
+    base_folder = _find(base_name, BASE, patterns, known.mirrors if known else ())
     config = _read_config(base_folder, str(base_name))
 
     files = _weight_files(folder)
     state: dict[str, Tensor] = {}
     for file in files:
         state.update(_read_weights(file))
+    if any(key.startswith(AUXILIARY[0]) for key in state):
+        state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
 
     own_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = _read_tokenizer(folder if own_tokenizer else base_folder)
@@ -441,13 +466,11 @@ def load_codi(
     for name, source in tied.items():
         if not {layout.prefix + name, layout.prefix + source} & set(state):
             layout.plain[layout.prefix + source] = tuple(skeleton.get_parameter(source).shape)
-    if layout.prefix == WRAPPER and not layout.lora:
-        raise UserError(
-            f"{where} has no LoRA keys (…lora_A.default.weight), but its names say that it was trained with LoRA"
-        )
     expected = {**layout.plain, **_projection_shapes(state, config.hidden_size)}
     fits = f"checkpoint {where} and base model {base_name}"
     _check_keys(state, expected, fits)
+    if layout.prefix == WRAPPER and not layout.lora:
+        raise UserError(f"{where} has no LoRA keys (…lora_A.default.weight), but its key names promise LoRA")
     for name, source in tied.items():
         _untie(state, layout.prefix, name, source, fits)
     r = layout.lora_r
@@ -529,7 +552,6 @@ def _untie(state: dict[str, Tensor], prefix: str, name: str, source: str, where:
 def _merge(state: dict[str, Tensor], layout: _Layout, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """State dict of the base model, weight + scale · B A in float32, then rounded once. LoRA keys stay in `state`."""
     merged: dict[str, Tensor] = {}
-    shared: dict[int, Tensor] = {}
     for key in [key for key in state if ".lora_" not in key]:
         tensor = state.pop(key)
         name = key.removeprefix(layout.prefix).replace(".base_layer.", ".")
@@ -540,7 +562,7 @@ def _merge(state: dict[str, Tensor], layout: _Layout, scale: float, dtype: torch
             delta = scale * (b @ a)
             merged[name] = (tensor.float() + (delta.T if layout.lora[module] else delta)).to(dtype)
         else:
-            merged[name] = shared.setdefault(id(tensor), tensor.to(dtype))
+            merged[name] = tensor.to(dtype)
     return merged
 
 
@@ -602,7 +624,7 @@ def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -
 
 
 def reference_state(model: CodiModel) -> dict[str, Tensor]:
-    """State dict of a model in training, under the keys of the reference wrapper (`codi.base_model.model.…`, `prj.…`)."""
+    """State dict of a model in training, under the reference wrapper's keys (`codi.base_model.model.…`, `prj.…`)."""
     state = {f"codi.base_model.model.{name}": tensor for name, tensor in model.base.state_dict().items()}
     return state | {f"prj.{name}": tensor for name, tensor in model.prj.state_dict().items()}
 
@@ -665,11 +687,11 @@ def save_checkpoint(
     if width is None or (prj_dim is not None and prj_dim != width):
         raise UserError(f"prj_dim is {prj_dim}, the projection in the state dict has width {width}")
     folder.mkdir(parents=True, exist_ok=True)
-    base_model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    base_model.save_pretrained(folder / BASE_FOLDER)
+    tokenizer.save_pretrained(folder / BASE_FOLDER)
     tokenizer.save_pretrained(folder)
     settings = {
-        "base": "base",
+        "base": BASE_FOLDER,
         "protocol": protocol.to_dict(),
         "lora_r": lora_r,
         "lora_alpha": lora_alpha,
