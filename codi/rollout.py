@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from codi.cache import (
     build_cache,
@@ -36,6 +35,8 @@ from codi.cache import (
 )
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from codi.model import CodiModel
 
 __all__ = [
