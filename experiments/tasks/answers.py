@@ -16,8 +16,8 @@ import re
 __all__ = ["extract_answer", "is_correct", "numbers_in", "parse_number"]
 
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])[-\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-TOLERANCE = 1e-6
-"""Relative; answers of a data set such as 13.6 are decimal, predictions are read from decimal text."""
+TOLERANCE = 1e-9
+"""Relative: for rounding in sums such as 0.1 + 0.2, not for answers that are nearly right."""
 
 
 def numbers_in(text: str) -> list[float]:
