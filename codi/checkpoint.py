@@ -85,12 +85,13 @@ class CheckpointError(UserError):
         self.missing, self.unexpected = list(missing), list(unexpected)
         self.misshapen = dict(misshapen or {})
         shapes = [f"{key} is {have}, should be {want}" for key, (have, want) in self.misshapen.items()]
+        lost = len(self.missing) + len(shapes) > 20
         parts = [
-            f"{len(names)} {kind}: {_listed(names)}"
+            f"{len(names)} {kind}: {_listed(names, 4 if lost else 12)}"
             for kind, names in (("missing", self.missing), ("unexpected", self.unexpected), ("misshapen", shapes))
             if names
         ]
-        hint = "; is this the right base model?" if len(self.missing) + len(shapes) > 20 else ""
+        hint = "; is this the right base model?" if lost else ""
         super().__init__(f"{where}: keys do not fit: {'; '.join(parts)}{hint}")
 
 
