@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from codi.cache import (
+    BranchCache,
     build_cache,
     cache_length,
     clone_cache,
@@ -318,7 +319,7 @@ class Step:
 def feed(
     model: CodiModel,
     embeddings: Tensor,
-    cache: DynamicCache,
+    cache: DynamicCache | BranchCache,
     mask: Tensor | None,
     positions: Tensor,
     edit: Callable[[int, Tensor], Tensor] | None = None,
