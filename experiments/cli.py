@@ -197,20 +197,21 @@ def _entry(module: ModuleType) -> tuple[Callable[[Any], object], Any]:
 
 def _plain(message: str, prog: str) -> str:
     """What tyro says in a box, as one line: the complaint, and the form of the option it is about."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in message.splitlines()]
+    lines = [line.strip("│ ") for line in message.splitlines() if line.strip()]
     sections: list[list[str]] = [[]]
-    for line in lines:
-        if line.startswith(("╭", "╰", "+-")):
+    for line in lines[1:]:  # the first is the title
+        if line.startswith(("╭", "╰")):
             continue
-        if re.fullmatch(r"[─-]{3,}", line):
+        if re.fullmatch(r"─{3,}|-{3,}", line):  # lines are ASCII where the terminal is
             sections.append([])
         elif line:
             sections[-1].append(line)
+    sections = [section for section in sections if section] or [["the options cannot be read"]]
     complaint = re.sub(r"^Error parsing (\w+: (?=[a-z]))?", "", " ".join(sections[0])).rstrip(". ")
     for reason in _UNREADABLE:
         complaint = re.sub(reason, r"cannot read \1", complaint)
     for section in sections[1:]:
-        if section and section[0].startswith("Argument helptext"):
+        if section[0].startswith("Argument helptext") and len(section) > 1:
             complaint += f"; allowed: {re.split(r'  +', section[1])[0]}"
     return f"{complaint}; see {prog} --help"
 

@@ -9,6 +9,7 @@ Runs as `codi eval` or `python -m experiments.evaluate`. Knows nothing about ste
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -132,6 +133,7 @@ def evaluate(
         conditions += [("latent", k) for k in counts] if mode == "latent" else [(mode, -1)]
     texts: dict[tuple[Mode, int], list[str]] = {condition: [""] * len(problems) for condition in conditions}
 
+    size = batch_size
     for mode in dict.fromkeys(modes):
         limit = default_new_tokens(model, mode) if max_new_tokens is None else max_new_tokens
         uniforms = None
@@ -139,7 +141,7 @@ def evaluate(
             generator = torch.Generator().manual_seed(seed)
             uniforms = torch.rand(len(problems), limit, generator=generator, dtype=torch.float64)
         order = sorted(range(len(problems)), key=lambda i: -len(problems[i].question))  # the largest batch first
-        start, size = 0, batch_size
+        start = 0
         while start < len(order):
             rows = order[start : start + size]
             drawn = None if uniforms is None else uniforms[rows]
@@ -309,7 +311,7 @@ def main(config: Config) -> None:
     if config.out is not None:
         _write(config.out, table.to_csv(index=False) if config.out.suffix == ".csv" else _report(config, model, table))
     if config.answers is not None:
-        _write(config.answers, answers.to_csv(index=False))
+        _write(config.answers, answers.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))  # texts may hold line ends
 
 
 def _report(config: Config, model: CodiModel, table: pd.DataFrame) -> str:
