@@ -1,0 +1,131 @@
+"""Two sets of prompts that share nothing: one to derive directions from, one to try them on.
+
+Sharing is checked, not assumed: no question, no cluster and no tuple of numbers may be in both.
+Knows nothing about models or steering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.tasks import TASK_NAMES, Problem, load_task, split_by_cluster
+
+__all__ = ["Split", "check_disjoint", "digest", "load_split"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts to derive from and prompts to evaluate on."""
+
+    derivation: tuple[Problem, ...]
+    evaluation: tuple[Problem, ...]
+
+    def record(self) -> dict[str, str | int]:
+        """Hashes and sizes, for the manifest."""
+        return {
+            "derivation": digest(self.derivation),
+            "derivation_prompts": len(self.derivation),
+            "evaluation": digest(self.evaluation),
+            "evaluation_prompts": len(self.evaluation),
+            "evaluation_clusters": len({problem.cluster for problem in self.evaluation}),
+        }
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """SHA-256 over ids, questions and answers, in order."""
+    text = json.dumps([[p.prompt_id, p.question, p.answer, p.cluster] for p in problems])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _traits(problem: Problem) -> set[tuple[str, object]]:
+    """What makes two problems related."""
+    traits: set[tuple[str, object]] = {("question", " ".join(problem.question.split()))}
+    if problem.cluster:
+        traits.add(("cluster", problem.cluster))
+    if len(problem.numbers) > 1:
+        traits.add(("numbers", tuple(problem.numbers)))
+    return traits
+
+
+def check_disjoint(derivation: Sequence[Problem], evaluation: Sequence[Problem]) -> None:
+    """Raise ValueError if any question, cluster or tuple of numbers is in both lists."""
+    seen = {trait: problem.prompt_id for problem in evaluation for trait in _traits(problem)}
+    for problem in derivation:
+        for trait in _traits(problem):
+            if trait in seen:
+                raise ValueError(
+                    f"derivation prompt {problem.prompt_id!r} and evaluation prompt {seen[trait]!r} "
+                    f"share their {trait[0]}"
+                )
+
+
+def load_split(
+    task: str,
+    *,
+    limit: int | None,
+    derivation: int,
+    seed: int,
+    suffix: str,
+    min_steps: int | None = None,
+    max_steps: int | None = None,
+    legacy: bool = False,
+) -> Split:
+    """Load a task and split it.
+
+    A generated task has a derivation split of its own; from it whatever shares its numbers with an evaluation prompt
+    is left out. A file or data set is divided by clusters, at most half of them for derivation.
+
+    Args:
+        task: name, file or hub id (see `experiments.tasks.load_task`).
+        limit: evaluation prompts (a seeded choice, in the order of the task); None: all.
+        derivation: derivation prompts, at least 2, at most this many.
+        seed: of generator, division and choice.
+        suffix: appended to every question.
+        min_steps, max_steps: see `load_task`.
+        legacy: as the seed study did, derive from the addition prompts of the evaluation set itself.
+
+    Raises:
+        ValueError: no such task, no prompts, prompts without answers, too few of them to split.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 prompt, got {limit}")
+    if derivation < 2:
+        raise ValueError(f"derivation must be at least 2 prompts, got {derivation}")
+
+    def load(split: str, number: int | None) -> list[Problem]:
+        return load_task(task, split, number, seed, suffix=suffix, min_steps=min_steps, max_steps=max_steps)
+
+    if legacy:
+        evaluation = load("test", limit)
+        own = [problem for problem in evaluation if problem.operation == "addition"]
+        if not own:
+            raise ValueError(
+                f"{task}: legacy directions are means over addition prompts, and there are none; "
+                "use the task 'templates' or a file in the format of prompts.json"
+            )
+        return Split(tuple(own), tuple(evaluation))
+    if task in TASK_NAMES:
+        evaluation = load("test", limit)
+        taken = {trait for problem in evaluation for trait in _traits(problem)}
+        candidates = [problem for problem in load("derivation", derivation) if not taken & _traits(problem)]
+    else:
+        problems = load("test", None)
+        fraction = min(0.5, derivation / len(problems))
+        candidates, evaluation = split_by_cluster(problems, fraction, seed)
+        evaluation = _chosen(evaluation, limit, seed)
+        taken = {trait for problem in evaluation for trait in _traits(problem)}
+        candidates = _chosen([problem for problem in candidates if not taken & _traits(problem)], derivation, seed)
+    if len(candidates) < 2:
+        raise ValueError(f"{task}: {len(candidates)} prompts are left to derive directions from; at least 2 are needed")
+    check_disjoint(candidates, evaluation)
+    return Split(tuple(candidates), tuple(evaluation))
+
+
+def _chosen(problems: list[Problem], number: int | None, seed: int) -> list[Problem]:
+    if number is None or number >= len(problems):
+        return problems
+    return [problems[i] for i in sorted(random.Random(f"limit-{seed}").sample(range(len(problems)), number))]
