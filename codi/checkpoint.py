@@ -22,6 +22,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -213,12 +214,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about pickle protocols: what cannot be read is refused below
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "GLOBAL" in text or "Unsupported" in text or "class" in text:
+        with open(path, "rb") as handle:
+            is_pickle = handle.read(1) == pickle.PROTO
+        if "GLOBAL" in str(error) or is_pickle:
             raise UserError(
-                f"{path} is refused: it is a pickle with more than tensors in it, which could run code"
+                f"{path} is refused: a pickle with more than tensors in it, which could run code"
             ) from error
         raise UserError(f"{path} is truncated or corrupt: it cannot be read as PyTorch weights") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
