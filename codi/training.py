@@ -1,0 +1,363 @@
+"""Training a CODI model: a teacher that writes its chain of thought, then self-distillation into latents.
+
+One model plays both parts. For every problem, with the question computed once and shared,
+
+    teacher   question · written chain of thought · end of thought · answer
+    student   question · begin of thought · n latents · end of thought · answer
+
+    loss = CE(student's answer) + f · KD + g · CE(teacher's chain and answer) + d · CE(direct answer)
+
+KD = mean over the n_layers + 1 hidden states of SmoothL1(student, stop-gradient teacher) / std(teacher) at the token just before
+the first answer token. In protocols with a named end-of-thought token that token ends the written chain too, and the two are
+compared there. LoRA and the projection are trained; the base weights are frozen.
+
+The latent loop is `codi.rollout.rollout`, with gradients. Knows nothing about tasks, files or devices: problems come in as text,
+and the loop over steps (experiments/train.py) belongs to the caller.
+
+Source: Shen et al. 2025, CODI, arXiv 2502.21074 (loss and settings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol as Shape
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from codi.cache import clone_cache, select_cache
+from codi.model import CodiModel
+from codi.rollout import EncodedBatch, feed, prefill, rollout
+
+__all__ = ["DistillationLoss", "MergedLora", "TeacherLoss", "TrainingBatch", "collate", "cosine_schedule"]
+
+
+class Example(Shape):
+    """What a training problem must offer: question, written chain of thought, answer text."""
+
+    question: str
+    chain: str
+    answer_text: str
+
+
+@dataclass
+class TrainingBatch:
+    """Token ids of one batch of problems.
+
+    Attributes:
+        prefix: question and the protocol tokens that every part shares, left padded.
+        verbal, verbal_mask, verbal_read: (batch, position) what the teacher reads after the prefix, right padded; which of
+            it is real; and the position (batch,) of its last token before the answer.
+        latent: tokens fed before latent 1, after the prefix (the same for every problem).
+        answer, answer_mask, answer_read: as verbal, for what the student reads after its latents.
+        direct, direct_mask: as verbal, for the direct answer; its first len(before_direct) tokens are given, not predicted.
+        verbal_start, direct_start, answer_start: number of leading tokens in each that are given, not predicted.
+    """
+
+    prefix: EncodedBatch
+    verbal: Tensor
+    verbal_mask: Tensor
+    verbal_read: Tensor
+    latent: Tensor
+    answer: Tensor
+    answer_mask: Tensor
+    answer_read: Tensor
+    direct: Tensor
+    direct_mask: Tensor
+    verbal_start: int
+    answer_start: int
+    direct_start: int
+
+    def __len__(self) -> int:
+        return len(self.verbal)
+
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """The batch on another device."""
+        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.__dict__.items()}
+        return TrainingBatch(**moved)
+
+
+def _right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    return ids, mask
+
+
+def collate(problems: Sequence[Example], model: CodiModel) -> TrainingBatch:
+    """Tokenize problems for `TeacherLoss` and `DistillationLoss`.
+
+    Args:
+        problems: at least one; `chain` is the written chain of thought, `answer_text` what stands after it.
+        model: for its tokenizer and protocol.
+
+    Raises:
+        ValueError: no problems.
+    """
+    if not problems:
+        raise ValueError("a training batch needs at least one problem, got none")
+    protocol, tokenizer = model.protocol, model.tokenizer
+    shared = _common(protocol.before_latents, protocol.before_verbal, protocol.before_direct)
+    questions = tokenizer([p.question for p in problems])["input_ids"]
+    prefixes = [[*ids, *shared] for ids in questions]
+    chains = tokenizer([p.chain for p in problems], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([p.answer_text for p in problems], add_special_tokens=False)["input_ids"]
+    end = [protocol.eos_id]
+    # In protocols with a bare-number answer the end-of-thought token also ends a written chain.
+    bridge = [protocol.eot_id] if protocol.answer_style == "number" else []
+    lead = list(protocol.before_verbal[len(shared):])
+    verbal = [[*lead, *c, *bridge, *a, *end] for c, a in zip(chains, answers, strict=True)]
+    # The token whose state is distilled stands just before the first answer token that carries the number.
+    ahead = [0 if bridge else _lead_length(tokenizer, p.answer_text) for p in problems]
+    verbal_read = [len(lead) + len(c) + len(bridge) - 1 + s for c, s in zip(chains, ahead, strict=True)]
+    after = list(protocol.after_latents)
+    answer = [[*after, *a, *end] for a in answers]
+    before_direct = list(protocol.before_direct[len(shared):])
+    direct = [[*before_direct, *a, *end] for a in answers]
+
+    width = max(map(len, prefixes))
+    ids = torch.full((len(prefixes), width), protocol.pad_id)
+    mask = torch.zeros(len(prefixes), width, dtype=torch.long)
+    for i, row in enumerate(prefixes):
+        ids[i, width - len(row):] = torch.tensor(row)
+        mask[i, width - len(row):] = 1
+    verbal_ids, verbal_mask = _right_padded(verbal, protocol.pad_id)
+    answer_ids, answer_mask = _right_padded(answer, protocol.pad_id)
+    direct_ids, direct_mask = _right_padded(direct, protocol.pad_id)
+    return TrainingBatch(
+        prefix=EncodedBatch(ids, mask), verbal=verbal_ids, verbal_mask=verbal_mask,
+        verbal_read=torch.tensor(verbal_read), latent=torch.tensor(protocol.before_latents[len(shared):]),
+        answer=answer_ids, answer_mask=answer_mask,
+        answer_read=torch.tensor([len(after) - 1 + s for s in ahead]), direct=direct_ids, direct_mask=direct_mask,
+        verbal_start=len(lead), answer_start=len(after), direct_start=len(before_direct),
+    )
+
+
+def _common(*sequences: Sequence[int]) -> list[int]:
+    shared: list[int] = []
+    for column in zip(*sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return shared
+
+
+def _lead_length(tokenizer: Any, answer_text: str) -> int:
+    """Tokens of "The answer is: 42" before those of the number."""
+    words, colon, _ = answer_text.rpartition(":")
+    return len(tokenizer(words + colon, add_special_tokens=False)["input_ids"]) if colon else 0
+
+
+def _tail(
+    model: CodiModel, cache: Any, mask: Tensor, next_position: Tensor, ids: Tensor, ids_mask: Tensor,
+    hidden_states: bool = False,
+) -> Any:
+    """Feed right-padded ids after a past; the past's cache is not modified."""
+    positions = next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    seen = torch.cat((mask, ids_mask), dim=1)
+    return feed(model, model.embed(ids), clone_cache(cache), seen, positions, hidden_states=hidden_states)
+
+
+def _cross_entropy(model: CodiModel, last: Tensor, ids: Tensor, ids_mask: Tensor, start: int, ahead: Tensor | None) -> Tensor:
+    """Mean cross-entropy (nats) of the tokens from `start` on.
+
+    `last` (batch, position, d_model) holds the states of `ids`; `ahead` (batch, d_model) the state just before them, needed
+    when start = 0.
+    """
+    if start == 0:
+        assert ahead is not None, "the first token is predicted from the state before it"
+        states, targets, wanted = torch.cat((ahead[:, None], last[:, :-1]), dim=1), ids, ids_mask
+    else:
+        states, targets, wanted = last[:, start - 1 : -1], ids[:, start:], ids_mask[:, start:]
+    logits = model.base.get_output_embeddings()(states[wanted])
+    return F.cross_entropy(logits.float(), targets[wanted])
+
+
+class TeacherLoss(nn.Module):
+    """Cross-entropy of written chains and their answers, and of direct answers for part of the problems.
+
+    Args:
+        model: its base weights are trained, all of them.
+        direct_fraction: share of the problems (the first of each batch) that are answered directly instead, 0..1.
+    """
+
+    def __init__(self, model: CodiModel, direct_fraction: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= direct_fraction < 1:
+            raise ValueError(f"direct_fraction must be in 0..1 (1 excluded), got {direct_fraction}")
+        self.model = model
+        self.base = model.base  # registered, so that an optimiser and an accelerator see the weights
+        self.direct_fraction = direct_fraction
+
+    def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Losses "teacher", "direct" and "total" (weighted by their share of the problems), in nats."""
+        model = self.model
+        start = prefill(model, batch.prefix, keep=())
+        n_direct = round(self.direct_fraction * len(batch))
+        losses = {}
+        rows = torch.arange(n_direct, len(batch), device=batch.verbal.device)
+        part = start.select(rows) if n_direct else start
+        step = _tail(model, part.cache, part.attention_mask, part.next_position, batch.verbal[rows], batch.verbal_mask[rows])
+        losses["teacher"] = _cross_entropy(
+            model, step.last, batch.verbal[rows], batch.verbal_mask[rows], batch.verbal_start, part.state)
+        losses["total"] = losses["teacher"]
+        if n_direct:
+            losses["direct"] = _direct(model, start, batch, n_direct)
+            share = n_direct / len(batch)
+            losses["total"] = (1 - share) * losses["teacher"] + share * losses["direct"]
+        return losses
+
+
+def _direct(model: CodiModel, start: Any, batch: TrainingBatch, n: int) -> Tensor:
+    """Cross-entropy of the direct answers of the first n problems, from the shared prefix."""
+    rows = torch.arange(n, device=batch.direct.device)
+    ids, mask = batch.direct[rows], batch.direct_mask[rows]
+    cache = select_cache(start.cache, rows)
+    step = _tail(model, cache, start.attention_mask[rows], start.next_position[rows], ids, mask)
+    return _cross_entropy(model, step.last, ids, mask, batch.direct_start, start.state[rows])
+
+
+class DistillationLoss(nn.Module):
+    """The CODI loss.
+
+    Args:
+        model: its base carries trainable LoRA weights (`codi.checkpoint.add_lora`), its projection is trained.
+        n_latents: latents between question and answer, 1 or more.
+        kd_weight: f (published: 20 for Llama, 1 for GPT-2).
+        teacher_weight: g (published: 1).
+        direct_weight: d, of the direct answers (0 in the original family).
+        direct_fraction: share of the problems in each batch that the direct term sees, 0..1.
+        merged: compute with merged weights (see `MergedLora`).
+        compute_dtype: of the merged weights.
+
+    Source: Shen et al. 2025, arXiv 2502.21074, section 3.
+    """
+
+    def __init__(
+        self, model: CodiModel, n_latents: int = 6, kd_weight: float = 20.0, teacher_weight: float = 1.0,
+        direct_weight: float = 1.0, direct_fraction: float = 0.1, merged: bool = True,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if n_latents < 1:
+            raise ValueError(f"n_latents must be at least 1, got {n_latents}")
+        if not 0 <= direct_fraction <= 1:
+            raise ValueError(f"direct_fraction must be in 0..1, got {direct_fraction}")
+        self.model = model
+        self.base, self.prj = model.base, model.prj
+        self.n_latents = n_latents
+        self.kd_weight, self.teacher_weight, self.direct_weight = kd_weight, teacher_weight, direct_weight
+        self.direct_fraction = direct_fraction
+        self.lora = MergedLora(model.base, compute_dtype) if merged else None
+
+    def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Losses "student", "distillation", "teacher", "direct" (each unweighted) and "total"."""
+        if self.lora is not None:
+            self.lora.refresh()
+        model = self.model
+        n = len(batch)
+        everything = torch.arange(n, device=batch.verbal.device)
+        start = prefill(model, batch.prefix, keep=())
+
+        step = _tail(model, start.cache, start.attention_mask, start.next_position, batch.verbal, batch.verbal_mask, True)
+        teacher = _cross_entropy(model, step.last, batch.verbal, batch.verbal_mask, batch.verbal_start, start.state)
+        target = step.hidden_states[everything, batch.verbal_read].detach().float()  # (batch, layer, d_model)
+
+        before = _after_prefix(model, start, batch.latent)
+        run = rollout(model, before, self.n_latents, keep=("cache",))
+        step = _tail(
+            model, run.past_key_values, run.attention_mask, run.first_position + self.n_latents, batch.answer,
+            batch.answer_mask, True)
+        student = _cross_entropy(model, step.last, batch.answer, batch.answer_mask, batch.answer_start, None)
+        learnt = step.hidden_states[everything, batch.answer_read].float()
+        distance = F.smooth_l1_loss(learnt, target, reduction="none").mean(dim=(0, 2))
+        distillation = (distance / target.std(dim=(0, 2)).clamp_min(1e-6)).mean()
+
+        losses = {"student": student, "distillation": distillation, "teacher": teacher}
+        total = student + self.kd_weight * distillation + self.teacher_weight * teacher
+        n_direct = round(self.direct_fraction * n)
+        if self.direct_weight and n_direct:
+            losses["direct"] = _direct(model, start, batch, n_direct)
+            total = total + self.direct_weight * losses["direct"]
+        return {**losses, "total": total}
+
+
+def _after_prefix(model: CodiModel, start: Any, tokens: Tensor) -> Any:
+    """The prefill that results when the protocol's remaining tokens (ending with begin of thought) follow the prefix."""
+    if not len(tokens):
+        return start
+    n = len(start)
+    ids = tokens.to(start.state.device).expand(n, -1)
+    cache = clone_cache(start.cache)
+    mask = torch.cat((start.attention_mask, torch.ones_like(ids, dtype=torch.bool)), dim=1)
+    positions = start.next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    step = feed(model, model.embed(ids), cache, mask, positions)
+    return type(start)(
+        state=step.last[:, -1], cache=cache, attention_mask=mask, prompt_lengths=start.prompt_lengths + ids.shape[1],
+        next_position=start.next_position + ids.shape[1], bot_hidden_states=None, prompt_hidden_states=None)
+
+
+class MergedLora:
+    """Compute LoRA layers with their merged weight, W + scale · B A, formed once per training step.
+
+    Same function and same gradients as the two-branch form; for small models, whose rank is not small beside d_model, half the
+    arithmetic. Gradients reach A and B through the product. Without effect on what is saved.
+
+    Args:
+        base: model with LoRA layers.
+        dtype: in which the merged weights are used.
+    """
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.layers: list[Any] = [m for m in base.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+        if not self.layers:
+            raise ValueError("the model has no LoRA layers to merge")
+        for layer in self.layers:
+            layer.forward = _MergedForward(layer)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Form the merged weights from the present LoRA weights, in float32."""
+        with torch.autocast(self.layers[0].base_layer.weight.device.type, enabled=False):
+            for layer in self.layers:
+                weight = layer.base_layer.weight
+                delta = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+                layer.forward.weight = (weight + (delta.T if delta.shape != weight.shape or _transposed(layer) else delta)).to(
+                    self.dtype)
+
+    def remove(self) -> None:
+        """Give every layer its own forward back."""
+        for layer in self.layers:
+            del layer.forward
+
+
+def _transposed(layer: Any) -> bool:
+    """GPT-2's Conv1D holds its weight as (in, out)."""
+    return type(layer.base_layer).__name__ == "Conv1D"
+
+
+class _MergedForward:
+    def __init__(self, layer: Any) -> None:
+        self.bias = layer.base_layer.bias
+        self.transposed = _transposed(layer)
+        self.weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return F.linear(x, self.weight.T if self.transposed else self.weight, bias)
+
+
+def cosine_schedule(step: int, n_steps: int, warmup: float = 0.03, floor: float = 0.0) -> float:
+    """Learning-rate factor at a step: linear warm-up over a share of the steps, then half a cosine down to `floor`."""
+    ramp = max(1, round(warmup * n_steps))
+    if step < ramp:
+        return (step + 1) / ramp
+    progress = torch.tensor((step - ramp) / max(1, n_steps - ramp)).clamp(0, 1)
+    return float(floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.pi * progress)))

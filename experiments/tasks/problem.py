@@ -1,0 +1,42 @@
+"""One problem: a question, its answer and everything an experiment may want to know about it.
+
+Knows nothing about where problems come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a known numeric answer.
+
+    Attributes:
+        prompt_id: unique within its task.
+        question: the text that the model reads, without protocol tokens.
+        answer: the correct answer.
+        steps: equations of the written chain of thought, such as ("7+5=12", "12*3=36"); empty if unknown.
+        cluster: problems with the same value are not independent (they share their numbers); the unit of resampling.
+        template: scene or wording family.
+        operation: "addition", "subtraction", "add+bring", …; empty if unknown.
+        numbers: the numbers in the question, in order; empty if unknown.
+        intermediates: value of each step in order; empty if unknown.
+    """
+
+    prompt_id: str
+    question: str
+    answer: int | float
+    steps: tuple[str, ...] = ()
+    cluster: str = ""
+    template: str = ""
+    operation: str = ""
+    numbers: tuple[int, ...] = ()
+    intermediates: tuple[int | float, ...] = ()
+
+    @property
+    def chain(self) -> str:
+        """Written chain of thought, "<<7+5=12>><<12*3=36>>"; empty if the steps are unknown."""
+        return "".join(f"<<{step}>>" for step in self.steps)
