@@ -189,7 +189,8 @@ def _entry(module: ModuleType) -> tuple[Callable[[Any], object], Any]:
     config = getattr(module, "CONFIG", None) or getattr(module, "Config", None)
     if config is None:
         own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
-        named = [value for value in own if dataclasses.is_dataclass(value) and value.__name__.endswith("Config")]
+        classes = [value for value in own if isinstance(value, type) and dataclasses.is_dataclass(value)]
+        named = [value for value in classes if value.__name__.endswith("Config")]
         config = named[0] if len(named) == 1 else None
     assert config is not None and hasattr(module, "main"), f"{module.__name__} must offer main(config) and Config"
     return module.main, config

@@ -197,7 +197,7 @@ def _answer(
     if mode != "latent":
         return {(mode, -1): decode_answers(model, prompt, limit, temperature, uniforms=uniforms).texts}
     thought = model.rollout(prompt, max(counts), keep=("cache",))
-    texts = {}
+    texts: dict[tuple[Mode, int], list[str]] = {}
     for k in counts:
         texts[mode, k] = decode_answers(model, thought.truncate(k), limit, temperature, uniforms=uniforms).texts
     return texts
@@ -221,11 +221,11 @@ def accuracy_table(answers: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     from experiments.stats import accuracy_interval
 
     rows = []
-    for (mode, count), condition in answers.groupby(["mode", "n_latents"], sort=False):
-        groups = [(-1, condition)]
-        if condition["n_steps"].nunique() > 1:
-            groups += list(condition.groupby("n_steps"))
-        for steps, group in groups:
+    for mode, count in _conditions(answers):
+        condition = answers[(answers["mode"] == mode) & (answers["n_latents"] == count)]
+        found = sorted(condition["n_steps"].unique())
+        for steps in [-1, *(found if len(found) > 1 else [])]:
+            group = condition if steps == -1 else condition[condition["n_steps"] == steps]
             estimate = accuracy_interval(group["correct"].to_numpy(), group["cluster"].to_numpy(), seed=seed)
             lower, upper = estimate.lower, estimate.upper
             if estimate.estimate in (0.0, 1.0):
@@ -249,22 +249,26 @@ def accuracy_table(answers: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """The accuracy table as a markdown table: one line per condition, one column per number of steps."""
-    steps = sorted(table["n_steps"].unique())
-    sizes = table.groupby("n_steps")["n"].first()
+    steps = sorted(table["n_steps"].astype(int).unique().tolist())
+    sizes = dict(zip(table["n_steps"], table["n"], strict=True))
     names = {-1: "all", 0: "steps unknown", 1: "1 step"}
     heads = [f"{names.get(k, f'{k} steps')} (n={sizes[k]})" for k in steps]
     lines = [
         "| mode | latents | " + " | ".join(heads) + " | no number |",
         "|---|---|" + "---|" * len(heads) + "---|",
     ]
-    for (mode, count), rows in table.groupby(["mode", "n_latents"], sort=False):
-        cells = rows.set_index("n_steps")
-        values = [
-            f"{cells.at[k, 'accuracy']:.3f} [{cells.at[k, 'lower']:.3f}, {cells.at[k, 'upper']:.3f}]" for k in steps
-        ]
+    for mode, count in _conditions(table):
+        rows = table[(table["mode"] == mode) & (table["n_latents"] == count)].to_dict(orient="records")
+        cells = {row["n_steps"]: row for row in rows}
+        values = [f"{cells[k]['accuracy']:.3f} [{cells[k]['lower']:.3f}, {cells[k]['upper']:.3f}]" for k in steps]
         shown = "–" if count < 0 else str(count)
-        lines.append(f"| {mode} | {shown} | " + " | ".join(values) + f" | {cells.at[-1, 'unparsed']} |")
+        lines.append(f"| {mode} | {shown} | " + " | ".join(values) + f" | {cells[-1]['unparsed']} |")
     return "\n".join(lines)
+
+
+def _conditions(table: pd.DataFrame) -> list[tuple[str, int]]:
+    """(mode, n_latents) in the order in which they come."""
+    return list(dict.fromkeys(zip(table["mode"], table["n_latents"].astype(int), strict=True)))
 
 
 def main(config: Config) -> None:
