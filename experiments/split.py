@@ -86,7 +86,7 @@ def load_split(
         seed: of generator, division and choice.
         suffix: appended to every question.
         min_steps, max_steps: see `load_task`.
-        legacy: as the seed study did, derive from the addition prompts of the evaluation set itself.
+        legacy: as the seed study did, derive from the evaluation set itself.
 
     Raises:
         ValueError: no such task, no prompts, prompts without answers, too few of them to split.
@@ -101,13 +101,7 @@ def load_split(
 
     if legacy:
         evaluation = load("test", limit)
-        own = [problem for problem in evaluation if problem.operation == "addition"]
-        if not own:
-            raise ValueError(
-                f"{task}: legacy directions are means over addition prompts, and there are none; "
-                "use the task 'templates' or a file in the format of prompts.json"
-            )
-        return Split(tuple(own), tuple(evaluation))
+        return Split(tuple(evaluation), tuple(evaluation))
     if task in TASK_NAMES:
         evaluation = load("test", limit)
         taken = {trait for problem in evaluation for trait in _traits(problem)}

@@ -131,9 +131,9 @@ class SweepConfig:
     fewer."""
 
     legacy: bool = False
-    """Reproduce the published scripts: label A-B but direction mean_B - mean_A, raw keys, means over the addition
-    prompts of the evaluation set, early exit, embedding edits after one extra latent, one answer token, questions as
-    they are."""
+    """Reproduce the published scripts: label A-B but direction mean_B - mean_A, raw keys, means over the evaluation
+    prompts (KV: the addition ones), early exit, embedding edits by means of states after one extra latent, one answer
+    token, questions as they are."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; None: 16 for models that answer with a number, 64 for a sentence (1 with --legacy)."""
 
@@ -225,10 +225,9 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
         say(plan.announcement(known))
         missing = [job for job in plan.jobs() if not folder.has_part(job.name, job.rows)]
         todo = sum(job.rows for job in missing)
-        if missing:
-            means, draws = _stored_means(folder, plan, model, say)
         with tqdm(total=plan.n_trials, initial=plan.n_trials - todo, unit="trial", unit_scale=True, **_bar()) as bar:
             for space, jobs in itertools.groupby(missing, key=lambda job: job.space):
+                means, draws = _stored_means(folder, plan, space, model, say)
                 table = edit_table(directions(plan.options, space, means, draws), model.device)
                 for job in jobs:
                     trials = run_part(
@@ -348,11 +347,18 @@ class Plan:
             return self.options.n_latents
         return max(self.options.latents) + (1 if self.options.legacy and space == "embedding" else 0)
 
+    def derivation(self, space: Space) -> tuple[Problem, ...]:
+        """Prompts that the directions of a space are derived from: in legacy mode the evaluation prompts themselves, of
+        which the KV script takes the addition ones."""
+        if self.options.legacy and space == "kv":
+            return tuple(problem for problem in self.split.derivation if problem.operation == "addition")
+        return self.split.derivation
+
     def announcement(self, known: bool) -> str:
         """The number of trials and where it comes from, before they begin."""
         n, derivation = len(self.split.evaluation), len(self.split.derivation)
         clusters = len({problem.cluster for problem in self.split.evaluation})
-        origin = f"{derivation} of them (legacy mode)" if self.options.legacy else f"{derivation} other prompts"
+        origin = "themselves (legacy mode)" if self.options.legacy else f"{derivation} other prompts"
         lines = [
             f"{'continuing' if known else 'starting'}: {self.model_name} on {n} prompts of {self.task} "
             f"in {clusters} clusters, directions from {origin}"
@@ -420,6 +426,11 @@ def make_plan(config: SweepConfig, model: CodiModel) -> Plan:
         suffix=model.protocol.question_suffix if config.suffix and not config.legacy else "",
         legacy=config.legacy,
     )
+    if config.legacy and in_kv and not any(problem.operation == "addition" for problem in split.evaluation):
+        raise ValueError(
+            f"{task}: legacy directions in kv space are means over addition prompts, and there are none; "
+            "use the task 'templates' or a file in the format of prompts.json"
+        )
     tokens = config.max_new_tokens
     if tokens is None:
         tokens = 1 if config.legacy else default_new_tokens(model)
@@ -501,35 +512,39 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _stored_means(
-    folder: RunFolder, plan: Plan, model: CodiModel, say: Callable[[str], None]
+    folder: RunFolder, plan: Plan, space: Space, model: CodiModel, say: Callable[[str], None]
 ) -> tuple[LatentMeans, ControlDraws | None]:
-    """The means and draws of the run folder; computed and written there if they are missing or damaged."""
+    """The means and draws of the run folder; computed and written there if they are missing or damaged.
+
+    One file serves all spaces, except in legacy mode, whose scripts average over different prompts.
+    """
     import pandas as pd
 
     from steering.means import ControlDraws, LatentMeans
 
-    options = plan.options
+    options, problems = plan.options, plan.derivation(space)
+    ending = f"-{space}" if options.legacy else ""
     n_draws = options.draws if {"covariance", "shuffled"} & set(options.controls) else 0
     metadata = {
         "checkpoint_hash": plan.checkpoint_hash,
-        "derivation": digest(plan.split.derivation),
+        "derivation": digest(problems),
         "fingerprint": folder.fingerprint,
     }
     try:
-        means = LatentMeans.load(folder.path / "means.safetensors")
-        draws = ControlDraws.load(folder.path / "draws.safetensors") if n_draws else None
+        means = LatentMeans.load(folder.path / f"means{ending}.safetensors")
+        draws = ControlDraws.load(folder.path / f"draws{ending}.safetensors") if n_draws else None
         if all(means.metadata.get(name) == value for name, value in metadata.items()):
             return means, draws
     except (FileNotFoundError, ValueError):
         pass
-    say(f"averaging the latents of {len(plan.split.derivation)} prompts")
+    say(f"averaging the latents of {len(problems)} prompts")
     means, draws = collect_means(
-        model, plan.split.derivation, metadata=metadata, n_draws=n_draws, seed=options.seed, keys=options.keys
+        model, problems, metadata=metadata, n_draws=n_draws, seed=options.seed, keys=options.keys
     )
-    folder.write("means.csv", pd.DataFrame(means.summary()).to_csv(index=False).encode())
+    folder.write(f"means{ending}.csv", pd.DataFrame(means.summary()).to_csv(index=False).encode())
     if draws is not None:
-        folder.write("draws.safetensors", draws.to_bytes())
-    folder.write("means.safetensors", means.to_bytes())
+        folder.write(f"draws{ending}.safetensors", draws.to_bytes())
+    folder.write(f"means{ending}.safetensors", means.to_bytes())
     return means, draws
 
 
