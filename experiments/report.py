@@ -1,0 +1,238 @@
+"""What a run found, in words: a summary in Markdown, plain enough to print.
+
+What it does: `summary` turns the tables of `stats.analyse` into a page: levels of the baseline and of the controls,
+best and worst cells with intervals and corrected p, how many cells survive correction in each direction, per space and
+timing. If nothing survives, it says so.
+
+What it does not know: trials, models. Every number is read from the tables.
+
+How to run: `codi sweep`, `codi stats RUN` and `codi plot RUN` print it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.stats import FAMILY, PAIR_CONTROLS, PATCH_CONTROLS, Analysis
+
+__all__ = ["CONTROL_NAMES", "cell_name", "family_name", "figure_paths", "number", "p_text", "percent", "summary"]
+
+#: how the controls are called where a person reads them
+CONTROL_NAMES = {
+    "none": "baseline (unsteered)",
+    "random": "random directions",
+    "covariance": "covariance-matched",
+    "shuffled": "shuffled latents",
+    "patch-scalar": "patch: scalar noise",
+    "patch-coordinate": "patch: per coordinate",
+    "patch-norm": "patch: norm-matched",
+}
+
+
+def number(value: float) -> str:
+    """A coefficient without needless zeros, with a real minus sign."""
+    return f"{value:g}".replace("-", "−")
+
+
+def percent(value: float, sign: bool = False) -> str:
+    """A fraction in per cent, one decimal, with a real minus sign."""
+    text = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return "0.0" if text.strip("+-") == "0.0" else text.replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    """A p-value in words that fit in a sentence."""
+    if pd.isna(p):
+        return "unknown"
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-").replace("-", "−")
+
+
+def cell_name(cell: pd.Series) -> str:
+    """A cell as "A2−B5 · c = +1 · latent 5"."""
+    sign = "+" if cell["coefficient"] > 0 else ""
+    coefficient = f"{sign}{number(cell['coefficient'])}"
+    return f"A{cell['source']}−B{cell['target']} · c = {coefficient} · latent {cell['latent']}"
+
+
+def family_name(space: str, part: str, timing: str) -> str:
+    """A family as "kv (both) · early-exit"; the part is named only where there are parts."""
+    return f"{space} ({part}) · {timing}" if space == "kv" else f"{space} · {timing}"
+
+
+def figure_paths(run: Path) -> list[Path]:
+    """The PNG figures of a run folder, sorted."""
+    return sorted((run / "figures").glob("*.png"))
+
+
+def summary(analysis: Analysis, run: Path | None = None, *, shown: int = 3) -> str:
+    """The page for one run.
+
+    Args:
+        analysis: from `stats.analyse`.
+        run: the run folder, to name the files in it.
+        shown: how many of the best and worst cells to name per family.
+
+    Returns:
+        Markdown without a trailing newline.
+    """
+    lines = [f"# Steering sweep{f' {run.name}' if run else ''}"]
+    families = analysis.controls[list(FAMILY)].drop_duplicates().itertuples(index=False)
+    for space, part, timing in families:
+        lines += ["", f"## {family_name(space, part, timing)}", "", *_family(analysis, space, part, timing, shown)]
+    if run is not None:
+        lines += ["", *_files(run)]
+    return "\n".join(lines)
+
+
+def _of(table: pd.DataFrame, space: str, part: str, timing: str) -> pd.DataFrame:
+    if table.empty:
+        return table
+    return table[(table["space"] == space) & (table["part"] == part) & (table["timing"] == timing)]
+
+
+def _family(analysis: Analysis, space: str, part: str, timing: str, shown: int) -> list[str]:
+    cells, controls = (_of(table, space, part, timing) for table in (analysis.cells, analysis.controls))
+    level = f"{100 * analysis.settings.level:g} %"
+    base = controls[controls["control"] == "none"]
+    prompts, clusters = int(base["n"].max()), int(base["n_clusters"].max())
+    lines = [f"{_count(prompts, 'prompt')} in {_count(clusters, 'cluster')}. Accuracy in %, {level} intervals."]
+    lines += ["", *_levels(controls, timing, level)]
+    unique = cells[~cells["mirrored"].astype(bool)] if len(cells) else cells
+    if unique.empty:
+        return [*lines, "", "No direction was run: there is nothing to compare."]
+    pairs = len(unique[["source", "target"]].drop_duplicates())
+    lines += [
+        "",
+        f"{_count(len(unique), 'cell')}: {_count(pairs, 'pair')} A−B (each also as B−A with the other sign), "
+        f"latents {_listed(unique['latent'])}, coefficients {_listed(unique['coefficient'])}. "
+        "Corrections are over all of them.",
+    ]
+    ranked = unique.sort_values(["difference", "p"], ascending=[False, True])
+    lines += ["", "Best:", *_named(ranked.head(shown)), "", "Worst:", *_named(ranked.tail(shown).iloc[::-1])]
+    lines += ["", *_survivors(unique, analysis.settings.alpha)]
+    lines += _structure(analysis, space, part, timing)
+    unparsed = unique["unparsed"].sum() / unique["n"].sum()
+    if unparsed > 0:
+        lines.append(f"- Answers without a number (counted as wrong): {percent(unparsed)} % of the steered answers.")
+    return lines
+
+
+def _levels(controls: pd.DataFrame, timing: str, level: str) -> list[str]:
+    """A table: a row per control and |c|, a column per latent."""
+    latents = sorted(controls["latent"].unique())
+    header = "exit after latent" if timing == "early-exit" else "edited latent"
+    table = [[header, *(str(latent) for latent in latents)]]
+    bands = False
+    for control in ("none", *PAIR_CONTROLS, *PATCH_CONTROLS):
+        rows = controls[controls["control"] == control]
+        for size in sorted(rows["coefficient"].unique()):
+            name = CONTROL_NAMES[control] + (f", c = ±{number(size)}" if control in PAIR_CONTROLS else "")
+            texts = []
+            for latent in latents:
+                here = rows[(rows["coefficient"] == size) & (rows["latent"] == latent)]
+                texts.append(_level(here.iloc[0], control) if len(here) else "")
+            bands |= control != "none"
+            table.append([name, *texts])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    if bands:
+        lines += ["", f"Brackets of a control: where {level} of its single draws lie. Of the baseline: its interval."]
+    return lines
+
+
+def _level(row: pd.Series, control: str) -> str:
+    lower, upper = ("accuracy_lower", "accuracy_upper") if control == "none" else ("draw_lower", "draw_upper")
+    return f"{percent(row['accuracy'])} [{100 * row[lower]:.0f}, {100 * row[upper]:.0f}]"
+
+
+def _named(cells: pd.DataFrame) -> list[str]:
+    lines = []
+    for _, cell in cells.iterrows():
+        text = (
+            f"- {cell_name(cell)}: {percent(cell['accuracy'])} %, {percent(cell['difference'], sign=True)} points "
+            f"[{percent(cell['lower'], sign=True)}, {percent(cell['upper'], sign=True)}] "
+            f"({cell['gained']} gained, {cell['lost']} lost; q {p_text(cell['q'])}, "
+            f"family-wise p {p_text(cell['fwer_p'])}); "
+        )
+        if cell["random_draws"]:
+            text += (
+                f"random {percent(cell['random_mean'])} % "
+                f"[{100 * cell['random_lower']:.0f}, {100 * cell['random_upper']:.0f}], "
+                f"rank {number(cell['random_rank'])} of {cell['random_draws'] + 1}"
+            )
+        else:
+            text += "no random draws"
+        lines.append(text + ("" if cell["verdict"] == "none" else f" → **{cell['verdict']}**"))
+    return lines
+
+
+def _survivors(cells: pd.DataFrame, alpha: float) -> list[str]:
+    up, down = cells["difference"] > 0, cells["difference"] < 0
+    counted = {}
+    for name, passed in (("q", cells["q"] < alpha), ("family", cells["fwer_p"] < alpha)):
+        counted[name] = (int((passed & up).sum()), int((passed & down).sum()))
+    better, worse = ((cells["verdict"] == verdict).sum() for verdict in ("improvement", "harm"))
+    lines = [
+        f"- Against the baseline, false discovery rate {alpha:g}: {counted['q'][0]} better, {counted['q'][1]} worse; "
+        f"family-wise {alpha:g}: {counted['family'][0]} better, {counted['family'][1]} worse.",
+    ]
+    if not cells["random_draws"].any():
+        return [*lines, "- **No random directions were run, so no cell can be called an improvement or a harm.**"]
+    lines.append(
+        f"- Against both the baseline and the random directions: **{_count(better, 'improvement')}, "
+        f"{_count(worse, 'harm')}** of {_count(len(cells), 'cell')}."
+    )
+    if better + worse == 0:
+        lines.append(
+            "- **Nothing survives correction**: no cell differs from both the baseline and its random directions."
+        )
+    elif better == 0:
+        lines.append("- **No improvement survives correction.**")
+    return lines
+
+
+def _structure(analysis: Analysis, space: str, part: str, timing: str) -> list[str]:
+    lines = []
+    symmetry = _of(analysis.symmetry, space, part, timing)
+    if len(symmetry):
+        number_both = int(symmetry["both_improve"].sum())
+        lines.append(
+            f"- Pairs that help with both signs (same |c| and latent): {number_both or 'none'} of "
+            f"{len(symmetry)} that were run with both."
+        )
+    for _, row in _of(analysis.consistency, space, part, timing).iterrows():
+        if pd.notna(row["kendall_w"]):
+            shares = _of(analysis.variance, space, part, timing)
+            shares = shares[shares["coefficient"] == row["coefficient"]].set_index("term")["share"]
+            text = f"- Order of the pairs across positions at c = ±{number(row['coefficient'])}: "
+            text += f"Kendall's W {row['kendall_w']:.2f} (p {p_text(row['p'])})"
+            if len(shares):
+                text += "; variance of the effects: " + ", ".join(
+                    f"{term} {100 * shares[term]:.0f} %" for term in ("pair", "position", "interaction", "noise")
+                )
+            lines.append(text + ".")
+    return lines
+
+
+def _files(run: Path) -> list[str]:
+    figures = figure_paths(run)
+    lines = [f"Statistics: {run / 'cells.csv'} (and cells.parquet, statistics/)."]
+    if figures:
+        lines.append(f"Figures: {len(figures)} in {run / 'figures'} (PNG and PDF), for example {figures[0].name}.")
+    else:
+        lines.append(f"Figures: none yet; draw them with: codi plot {run}")
+    return lines
+
+
+def _count(value: int, noun: str) -> str:
+    return f"{value} {noun}" if value == 1 else f"{value} {noun}s"
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(number(value) for value in sorted(set(values)))
