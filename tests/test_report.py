@@ -31,7 +31,8 @@ def test_it_reports_what_was_put_in() -> None:
     cell = analysis.cells.sort_values("difference").iloc[-1]
     assert f"{100 * cell['accuracy']:.1f} %, {100 * cell['difference']:+.1f} points" in best
     for latent in (2, 3):
-        base = analysis.controls.query("control == 'none' and latent == @latent").iloc[0]
+        levels = analysis.controls[analysis.controls["control"] == "none"]
+        base = levels[levels["latent"] == latent].iloc[0]
         assert f"{100 * base['accuracy']:.1f} [" in text.split("baseline (unsteered)")[1].splitlines()[0]
     assert "Nothing survives" not in text and "none of 8 that were run with both" in text
     assert "60 prompts in 30 clusters" in text
