@@ -126,6 +126,37 @@ def test_folders_in_the_layout_of_a_hub_data_set(
             read_hub(str(folder), "published")
 
 
+def test_a_downloaded_copy_keeps_its_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of openai/gsm8k: configurations main and socratic, named in the data card."""
+    import pandas as pd
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("gsm8k", "other"):
+        card = "---\nconfigs:\n"
+        for configuration, answer in (("main", 1), ("socratic", 2)):
+            folder = tmp_path / name / configuration
+            folder.mkdir(parents=True)
+            frame = pd.DataFrame([{"question": f"{configuration}?", "answer": f"<<1+1=2>>\n#### {answer}"}])
+            frame.to_parquet(folder / "test-00000-of-00001.parquet")
+            card += f"- config_name: {configuration}\n  data_files:\n  - split: test\n    path: {configuration}/*\n"
+        (tmp_path / name / "README.md").write_text(card + "---\n")
+    copy, other = str(tmp_path / "gsm8k"), str(tmp_path / "other")
+    assert [problem.answer for problem in load_task(copy)] == [1]
+    assert [problem.answer for problem in load_task(copy, split="published")] == [1]
+    assert [problem.answer for problem in load_task(copy + ":socratic")] == [2]
+    assert [problem.answer for problem in load_task(other + ":main")] == [1]
+    with pytest.raises(ValueError, match="several configurations: .*one of main, socratic"):
+        load_task(other)
+    with pytest.raises(ValueError, match="cannot be loaded .*nope"):
+        load_task(other + ":nope")
+
+
+def test_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+        load_task(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_hub_ids_use_the_published_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -74,7 +74,7 @@ def read_problems(source: str, split: str = "test") -> list[Problem]:
             question or numeric answer.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if path.is_dir() or Path(_named(str(path))[0]).is_dir():
         return read_hub(str(path), split)
     if path.exists():
         return read_file(path)
@@ -121,19 +121,26 @@ def read_hub(source: str, split: str = "test") -> list[Problem]:
     """Problems of a hub data set or of a local folder in the same layout, through `datasets`.
 
     Args:
-        source: hub id ("openai/gsm8k", "openai/gsm8k:main") or folder.
+        source: hub id or folder, with an optional configuration after a colon ("openai/gsm8k", "openai/gsm8k:main"). A
+            folder with the last name of a known hub data set is taken for a copy of it.
         split: a split of the data set, "train+test" for both, or "published" (see `HUB_DEFAULTS`).
     """
     import datasets
 
-    folder = Path(source).is_dir()
-    name, _, given = (source, "", "") if folder else source.partition(":")
-    configuration, published = HUB_DEFAULTS.get(name, (None, None))
+    name, given = _named(source)
+    folder = Path(name).is_dir()
+    known = {hub_id.split("/")[1]: hub_id for hub_id in HUB_DEFAULTS}
+    configuration, published = HUB_DEFAULTS.get(known.get(Path(name).name, "") if folder else name, (None, None))
     if split == "published":
         if published is None:
             raise ValueError(f"split 'published' is known for {', '.join(HUB_DEFAULTS)} only, got {source!r}")
         split = published
     try:
+        if folder:
+            offered = datasets.get_dataset_config_names(name)
+            if not given and len(offered) > 1 and configuration not in offered:
+                raise ValueError(f"it has several configurations: write {name}:NAME, NAME one of {', '.join(offered)}")
+            configuration = configuration if configuration in offered else None
         data = datasets.load_dataset(name, given or configuration)
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
         reason = " ".join(str(error).split())
@@ -147,6 +154,12 @@ def read_hub(source: str, split: str = "test") -> list[Problem]:
     stem = Path(name).name
     parts = [_problems(data[part], f"{source} ({part})", f"{stem}-{part}") for part in wanted]
     return _unique([problem for part in parts for problem in part])
+
+
+def _named(source: str) -> tuple[str, str]:
+    """Data set and configuration ("" if none is given)."""
+    name, colon, configuration = source.rpartition(":")
+    return (name, configuration) if colon and not Path(source).is_dir() else (source, "")
 
 
 def equation_steps(equation: str) -> tuple[str, ...]:
