@@ -208,14 +208,11 @@ class _Edits:
 
     @classmethod
     def of(cls, model: CodiModel, table: EditTable | None, branches: Branches, latents: tuple[int, ...]) -> _Edits:
-        rows = len(branches)
-        device = model.device
-        # Sorted by latent, as `latents` is.
-        order = branches.latent.view(rows, -1).argsort(dim=1)
-        dtype = _arithmetic(model)
+        device, dtype = model.device, _arithmetic(model)
+        order = _wide(branches.latent).argsort(dim=1)  # as in `latents`
 
         def sorted_(tensor: Tensor) -> Tensor:
-            return tensor.view(rows, -1).gather(1, order)
+            return _wide(tensor).gather(1, order)
 
         assert branches.replace is not None
         return cls(
@@ -226,7 +223,7 @@ class _Edits:
             sorted_(branches.key_coefficient).to(device, dtype, non_blocking=True),
             sorted_(branches.value_coefficient).to(device, dtype, non_blocking=True),
             sorted_(branches.replace).to(device, non_blocking=True),
-            torch.zeros(rows, dtype=torch.float64, device=device),
+            torch.zeros(len(branches), dtype=torch.float64, device=device),
         )
 
     def slot(
@@ -371,7 +368,7 @@ def decode_branches(
     table = None if table is None else table.to(model.device, _arithmetic(model))
     limit = default_new_tokens(model) if max_new_tokens is None else max_new_tokens
     job = _Job(model, run, table, timing, limit, keep_first_logits)
-    model.check_length(int(run.first_position.max()) + run.n_latents + len(model.protocol.after_latents) + limit - 1)
+    model.check_length(job.longest)
     batch = _BatchSize(job.rows_that_fit(engine) if batch_size is None else batch_size)
     size = len(branches)
     out = _Collected(size, limit)
@@ -380,7 +377,7 @@ def decode_branches(
     edited = _has_edit(branches, table)
     exits = torch.full((size,), run.n_latents)
     if timing == "early-exit":
-        exits = branches.latent.view(size, -1).max(1).values
+        exits = _wide(branches.latent).max(1).values
     kinds, kind = torch.unique(branches.prompt * (run.n_latents + 1) + exits, return_inverse=True)
     first_row = torch.full((len(kinds),), size).scatter_reduce(0, kind, torch.arange(size), "amin")
     wanted = torch.zeros(len(kinds), dtype=torch.bool)
@@ -421,6 +418,11 @@ def decode_branches(
 _ROWS_WORTH_A_DRAFT = 4  # an unedited answer is computed as a draft if at least this many edited rows can use it
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """(row,) or (row, edit) to (row, edit)."""
+    return tensor[:, None] if tensor.dim() == 1 else tensor
+
+
 def _has_edit(branches: Branches, table: EditTable | None) -> Tensor:
     """(row,) whether a row differs from its prompt at all."""
     if table is None:
@@ -431,7 +433,7 @@ def _has_edit(branches: Branches, table: EditTable | None) -> Tensor:
         asked = asked | (branches.value_coefficient != 0)
     if table.keys is not None:
         asked = asked | (branches.key_coefficient != 0)
-    return (asked & (branches.direction >= 0)).view(len(branches), -1).any(1)
+    return _wide(asked & (branches.direction >= 0)).any(1)
 
 
 def _check(
@@ -495,6 +497,12 @@ class _Job:
     @property
     def space(self) -> Space:
         return "kv" if self.table is None else self.table.space
+
+    @property
+    def longest(self) -> int:
+        """Positions that the longest text can take."""
+        new = self.run.n_latents + len(self.model.protocol.after_latents) + self.max_new_tokens - 1
+        return int(self.run.first_position.max()) + new
 
     def rows_that_fit(self, engine: Engine) -> int:
         """Rows at once that memory allows, bounded by what still makes a batch faster."""
@@ -573,7 +581,7 @@ def _decode_all(
     job: _Job, branches: Branches, drafts: Tensor | None, engine: Engine, batch: _BatchSize, out: _Collected
 ) -> None:
     """Sort rows so that those that share a prefix are neighbours, and decode them batch by batch."""
-    latents = branches.latent.view(len(branches), -1).sort(dim=1).values
+    latents = _wide(branches.latent).sort(dim=1).values
     signatures, signature = torch.unique(latents, dim=0, return_inverse=True)
     lengths = job.run.prompt_lengths.cpu()
     key = signature * (int(lengths.max()) + 1) + lengths[branches.prompt]
@@ -685,11 +693,12 @@ def _decode_shared(job: _Job, branches: Branches, latents: tuple[int, ...], draf
         visible = torch.ones_like(visible)
     seen = visible.any(0)
     columns, visible = columns[seen], visible[:, seen]
-    cache = BranchCache(run.past_key_values, prompts, columns, visible, groups)
+    first_positions = run.first_position.cpu()[prompts] - run.prompt_width
+    cache = BranchCache(run.past_key_values, prompts, columns, visible, groups, first_positions, job.longest)
 
     for k in given:
         keys, values = _slot(run, k)
-        cache.append(*edits.slot(k, position + k - 1, keys[prompt], values[prompt]))
+        cache.append(*edits.slot(k, position + k - 1, keys[prompt], values[prompt]), position + k - 1)
     with branch_attention(model.decoder, cache):
         pending: tuple[Tensor, Tensor] | None = None  # a latent that is fed together with the end-of-thought token
         h = run.states[prompt, first - 1 if job.space != "kv" else first]
@@ -703,7 +712,7 @@ def _decode_shared(job: _Job, branches: Branches, latents: tuple[int, ...], draf
             if k == computed[-1] and not slot_edit:
                 pending = (z[:, None], (position + k - 1)[:, None])
                 break
-            h = feed(model, z[:, None], cache, None, (position + k - 1)[:, None]).last[:, 0]
+            h = _feed(model, z[:, None], cache, (position + k - 1)[:, None])[:, 0]
             if slot_edit:
                 keys, values = (x.to(model.dtype) for x in cache.read_own(-1))
                 cache.write_own(-1, *edits.slot(k, position + k - 1, keys, values))
@@ -713,6 +722,12 @@ def _decode_shared(job: _Job, branches: Branches, latents: tuple[int, ...], draf
             hidden = columns >= run.prompt_width + first  # the recomputed latent does not see those after it
         tokens, logits = _answer(job, cache, pending, hidden, position + exit_, drafts)
     return _Decoded(tokens, applied, logits)
+
+
+def _feed(model: CodiModel, embeddings: Tensor, cache: BranchCache, positions: Tensor) -> Tensor:
+    """Last states (row, token, d_model) of tokens that the cache grows by."""
+    cache.positions = positions
+    return feed(model, embeddings, cache, None, positions).last
 
 
 def _answer(
@@ -752,7 +767,7 @@ def _answer(
         embeddings = torch.cat((pending[0], embeddings), dim=1)
         positions = torch.cat((pending[1], positions), dim=1)
     cache.hidden_from_first_token = hidden_columns
-    states = feed(model, embeddings, cache, None, positions).last[:, -1 - checked.shape[1] :]  # predict tokens 0, 1, …
+    states = _feed(model, embeddings, cache, positions)[:, -1 - checked.shape[1] :]  # they predict tokens 0, 1, …
     cache.hidden_from_first_token = None
 
     tokens = torch.full((size, limit), -1, dtype=torch.long, device=device)
@@ -783,7 +798,7 @@ def _answer(
             rows = rows[alive]
         at = count[rows]
         positions = (position[rows] + len(after) - 1 + at)[:, None]
-        states = feed(model, model.embed(tokens[rows, at - 1][:, None]), cache, None, positions).last[:, 0]
+        states = _feed(model, model.embed(tokens[rows, at - 1][:, None]), cache, positions)[:, 0]
         chosen = exclude(model, model.logits(states)).argmax(dim=-1)
         tokens[rows, at] = chosen
         count[rows] = at + 1

@@ -165,19 +165,33 @@ class BranchCache:
         columns: (column,) positions of `cache` that branches see.
         visible: (group, column) bool, False at padding.
         groups: (row,) group of every row, ascending.
-        All four on the CPU.
+        first_positions: (group,) position id of column 0; negative where that is padding.
+        longest: no position id will reach this: sliding windows of this length or more hide nothing.
+        All tensors on the CPU.
 
     Attributes:
+        positions: (row, token) position ids of the tokens fed next; to be set before they are fed.
         hidden_from_first_token: (column,) bool or None: columns that the first of the tokens fed next cannot see.
     """
 
-    def __init__(self, cache: DynamicCache, prompts: Tensor, columns: Tensor, visible: Tensor, groups: Tensor) -> None:
+    def __init__(
+        self,
+        cache: DynamicCache,
+        prompts: Tensor,
+        columns: Tensor,
+        visible: Tensor,
+        groups: Tensor,
+        first_positions: Tensor,
+        longest: int,
+    ) -> None:
         pairs = _pairs(cache)
         device = pairs[0][0].device
         self.device = device
         self.dtype = torch.float64 if pairs[0][0].dtype == torch.float64 else torch.float32
         self.n_kv_heads = int(pairs[0][0].shape[1])
         self.n_columns = len(columns)
+        self.longest = longest
+        self.positions = torch.empty(len(groups), 0, dtype=torch.long, device=device)
         self.hidden_from_first_token: Tensor | None = None
         tile_group = self._lay_out(groups)
         at = (prompts[tile_group].to(device)[:, None], columns.to(device)[None, :])
@@ -186,6 +200,8 @@ class BranchCache:
         if not bool(visible.all()):
             bias = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
             self._bias = bias[tile_group].to(device)
+        self._column_positions = (first_positions[:, None] + columns)[tile_group].to(device)
+        self._own_positions = self._to_tiles(self.positions)
         self._own: list[tuple[Tensor, Tensor] | None] = [None] * len(pairs)
         self._own_bias: Tensor | None = None  # (tile, place, slot): -inf at slots that are no part of the row's past
 
@@ -227,6 +243,7 @@ class BranchCache:
         """Keep only the given rows, ascending: finished branches leave the batch."""
         own = [None if pair is None else [self._to_rows(x.transpose(1, 2))[rows] for x in pair] for pair in self._own]
         own_bias = None if self._own_bias is None else self._to_rows(self._own_bias)[rows]
+        own_positions = self._to_rows(self._own_positions)[rows]
         old = self._tile_group
         tile_group = self._lay_out(self.groups[rows.cpu()])
         source = torch.searchsorted(old, tile_group)  # the first old tile of the same group
@@ -234,11 +251,13 @@ class BranchCache:
             index = source.to(self.device)
             self._prefix = [(keys[index], values[index]) for keys, values in self._prefix]
             self._bias = None if self._bias is None else self._bias[index]
+            self._column_positions = self._column_positions[index]
         for layer, pair in enumerate(own):
             if pair is not None:
                 keys, values = (self._to_tiles(x).transpose(1, 2).contiguous() for x in pair)
                 self._own[layer] = (keys, values)
         self._own_bias = None if own_bias is None else self._to_tiles(own_bias)
+        self._own_positions = self._to_tiles(own_positions)
 
     # Own slots
 
@@ -258,12 +277,15 @@ class BranchCache:
         if old is not None:
             new_keys, new_values = torch.cat((old[0], new_keys), dim=3), torch.cat((old[1], new_values), dim=3)
         self._own[layer_idx] = (new_keys, new_values)
-        if layer_idx == 0 and self._own_bias is not None:
-            self._own_bias = nn.functional.pad(self._own_bias, (0, keys.shape[2]))
+        if layer_idx == 0:
+            self._own_positions = torch.cat((self._own_positions, self._to_tiles(self.positions)), dim=2)
+            if self._own_bias is not None:
+                self._own_bias = nn.functional.pad(self._own_bias, (0, keys.shape[2]))
         return new_keys, new_values
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Give every row one more own slot, (row, layer, kv_head, d_head) each."""
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Give every row one more own slot, (row, layer, kv_head, d_head) each, with position ids (row,)."""
+        self.positions = positions[:, None]
         for layer in range(keys.shape[1]):
             self.update(keys[:, layer, :, None], values[:, layer, :, None], layer)
 
@@ -303,11 +325,22 @@ class BranchCache:
 
     # Attention
 
-    def attend(self, query: Tensor, own_keys: Tensor, own_values: Tensor, layer: int, scaling: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+        layer: int,
+        scaling: float,
+        window: int | None = None,
+    ) -> Tensor:
         """softmax(scaling · q · [prefix keys | own keys]) · [prefix values | own values].
 
         Args:
-            query: (row, head, token, d_head); own_keys, own_values: from `update`; layer: 0-based.
+            query: (row, head, token, d_head).
+            own_keys, own_values: from `update`.
+            layer: 0-based.
+            window: positions that a token sees, itself included; None: all.
 
         Returns:
             (row, token, head, d_head) in the dtype of the query.
@@ -340,6 +373,12 @@ class BranchCache:
             own.masked_fill_(later, -torch.inf)
         if self._own_bias is not None:
             own += self._own_bias[:, None, :, None, None, :]
+        if window is not None and window < self.longest:
+            newest = self._own_positions[:, :, -n_tokens:, None]
+            out = newest - self._column_positions[:, None, None] >= window  # (tile, place, token, column)
+            shared.view(tiles, n_kv, width, per_kv, n_tokens, n_columns).masked_fill_(out[:, None, :, None], -torch.inf)
+            out = newest - self._own_positions[:, :, None] >= window
+            own.masked_fill_(out[:, None, :, None], -torch.inf)
 
         weights = torch.cat((shared, own.view(tiles * n_kv, -1, n_own)), dim=-1).softmax(dim=-1)
         output = torch.bmm(weights[..., :n_columns], values).view(q.shape)
@@ -386,15 +425,9 @@ def _attend(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"branch attention does not know {name!r}: use engine='clones' with this model")
-    longest = cache.n_columns + key.shape[3]
-    if sliding_window is not None and longest > sliding_window:
-        raise ValueError(
-            f"branch attention sees whole texts, but {longest} positions exceed the sliding window of "
-            f"{sliding_window}: use engine='clones'"
-        )
     layer: Any = module.layer_idx
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return cache.attend(query, key, value, layer, scale), None
+    return cache.attend(query, key, value, layer, scale, sliding_window), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
