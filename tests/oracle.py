@@ -1,6 +1,6 @@
 """An independent oracle: CODI in float64, without cache, batch, padding, or model code of this project or transformers.
 
-Every step recomputes the whole sequence; attention is a loop over heads and positions. Only weights and configuration
+Every step recomputes the whole sequence; attention is a loop over heads. Only weights and configuration
 are taken from the model under test.
 """
 
@@ -42,11 +42,9 @@ def turn(x, angles):
 
 def attend(q, k, v, window):
     scores = q @ k.T / math.sqrt(q.shape[1])
-    n = len(q)
-    for i in range(n):
-        for j in range(n):
-            if j > i or (window is not None and i - j >= window):
-                scores[i, j] = -math.inf
+    distance = torch.arange(len(q))[:, None] - torch.arange(len(k))
+    seen = (distance >= 0) & (distance < (window or len(k)))
+    scores[~seen] = -math.inf
     return scores.softmax(-1) @ v
 
 

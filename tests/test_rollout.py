@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import KINDS
@@ -89,6 +91,31 @@ def test_published_mask_lets_latents_see_the_padding(tiny_model, questions):
         assert (difference[padded] > 1e-3).all() and (difference[~padded] == 0).all()
         alone = model.rollout(model.encode(questions[:1]), 2)
         assert torch.equal(alone.states, tiny_model(kind).rollout(model.encode(questions[:1]), 2).states)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_published_options_are_the_published_loop(tiny_model, questions, kind):
+    """mask, rope = "published" in bfloat16, bit for bit: whole modules cast, mask to the prompt only, positions left to
+    the model. Source: test.py of zhenyi4/codi."""
+    options = {"dtype": "bfloat16", "mask": "published", "rope": "published"}
+    model = tiny_model(kind, **options)
+    exact = tiny_model(kind)
+    base, prj = copy.deepcopy(exact.base).to(torch.bfloat16), copy.deepcopy(exact.prj).to(torch.bfloat16)
+    batch = model.encode(questions)
+    with torch.no_grad():
+        ask = {"use_cache": True, "output_hidden_states": True}
+        out = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), **ask)
+        states, embeddings = [out.hidden_states[-1][:, -1]], []
+        for _ in range(N):
+            # contiguous: in bfloat16 a linear layer rounds a strided input in another place
+            embeddings.append(prj(out.hidden_states[-1][:, -1:].contiguous()))
+            out = base(inputs_embeds=embeddings[-1], past_key_values=out.past_key_values, **ask)
+            states.append(out.hidden_states[-1][:, -1])
+    run = model.rollout(batch, N)
+    assert torch.equal(run.states, torch.stack(states, dim=1))
+    assert torch.equal(run.embeddings, torch.cat(embeddings, dim=1))
+    carried = tiny_model(kind, dtype="bfloat16").rollout(batch, N)
+    assert (carried.states - run.states).abs().max() > 0.05, "control: the default differs"
 
 
 def test_bfloat16_stays_near(tiny_model, questions):
