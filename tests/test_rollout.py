@@ -125,6 +125,17 @@ def test_bfloat16_stays_near(tiny_model, questions):
     assert (a - b.float()).norm() / a.norm() < 0.05
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_cuda_is_the_cpu(tiny_model, questions, kind):
+    here, there = tiny_model(kind), tiny_model(kind, device="cuda")
+    runs = [m.rollout(m.encode(questions), N) for m in (here, there)]
+    assert runs[1].states.device.type == "cuda"
+    close(runs[1].to("cpu").hidden_states, runs[0].hidden_states)
+    sampled = [m.answer(questions, seed=3, temperature=0.01, max_new_tokens=2) for m in (here, there)]
+    assert sampled[0] == sampled[1]
+
+
 # --- What is kept -----------------------------------------------------------------------------------------------------
 
 
