@@ -268,10 +268,10 @@ class RunFolder:
         """
         arrays = []
         for field in TRIAL_SCHEMA:
-            values = trials[field.name]
-            if not isinstance(values, pa.DictionaryArray):
-                values = pa.array(values, type=field.type.value_type if field.type == _TEXT else field.type)
-            arrays.append(values.dictionary_encode().cast(field.type) if field.type == _TEXT else values)
+            if field.type == _TEXT:
+                arrays.append(pa.array(trials[field.name], pa.string()).dictionary_encode())
+            else:
+                arrays.append(pa.array(trials[field.name], field.type, from_pandas=True))
         schema = TRIAL_SCHEMA.with_metadata({_FINGERPRINT: self.fingerprint.encode()})
         buffer = io.BytesIO()
         table = pa.Table.from_arrays(arrays, schema=schema)

@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import numpy as np
+import pandas as pd
 import tyro
 from tqdm import tqdm
 
@@ -82,7 +84,7 @@ class SweepConfig:
     None: arithmetic (templates with --legacy)."""
     prompts: Path | None = None
     """Evaluation prompts from this file; the same as --task FILE."""
-    limit: int | None = 100
+    limit: int | None = 200
     """Number of evaluation prompts (a seeded choice); None: all."""
     min_steps: int | None = None
     """Only problems of at least this many steps; None: 3 for the default task, else no bound."""
@@ -194,7 +196,7 @@ def main(config: SweepConfig) -> None:
         rope=config.rope,
         lora_alpha=config.lora_alpha,
     )
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    say = functools.partial(tqdm.write, file=sys.stderr)  # leaves the progress bar whole
     try:
         folder = sweep(config, model, say)
     except KeyboardInterrupt:
@@ -234,7 +236,7 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
                         model,
                         job.problems,
                         table,
-                        conditions(plan.options, space, job.part, job.timing),
+                        plan.conditions(space, job.part, job.timing),
                         space,
                         job.part,
                         job.timing,
@@ -327,14 +329,23 @@ class Plan:
         }
 
     @functools.cached_property
+    def _conditions(self) -> dict[tuple[Space, Part, Timing], list[Condition]]:
+        options = self.options
+        return {
+            (space, part, timing): conditions(options, space, part, timing)
+            for space in options.spaces
+            for timing in options.timings
+            for part in options.parts_of(space)
+        }
+
+    def conditions(self, space: Space, part: Part, timing: Timing) -> list[Condition]:
+        """What is tried on every prompt in one space, part and timing."""
+        return self._conditions[space, part, timing]
+
+    @functools.cached_property
     def counts(self) -> dict[tuple[Space, Part, Timing], Counter[str]]:
         """Conditions by control, per (space, part, timing)."""
-        return {
-            (space, part, timing): Counter(c.control for c in conditions(self.options, space, part, timing))
-            for space in self.options.spaces
-            for timing in self.options.timings
-            for part in self.options.parts_of(space)
-        }
+        return {key: Counter(c.control for c in tried) for key, tried in self._conditions.items()}
 
     @property
     def n_trials(self) -> int:
@@ -518,8 +529,6 @@ def _stored_means(
 
     One file serves all spaces, except in legacy mode, whose scripts average over different prompts.
     """
-    import pandas as pd
-
     from steering.means import ControlDraws, LatentMeans
 
     options, problems = plan.options, plan.derivation(space)
@@ -580,8 +589,6 @@ def run_part(
     Returns:
         Columns of the trial table (`runs.TRIAL_SCHEMA`), condition by condition, prompts in order.
     """
-    import numpy as np
-
     from codi.branches import decode_branches
     from steering.interventions import branches
 
@@ -601,23 +608,36 @@ def run_part(
                 batch_size=batch_size,
             )
             # rows come prompt by prompt, each with all conditions of the group
-            block: dict[str, Any] = {"text": answers.texts, "first_token": answers.first_token.numpy()}
-            block["applied_norm"] = answers.applied_norm.numpy()
+            block: dict[str, Any] = {
+                "first_token": answers.first_token.numpy(),
+                "applied_norm": answers.applied_norm.numpy(),
+                **_judged(answers.texts, members),
+            }
             for name in ("source", "target", "coefficient", "control", "draw", "latent", "n_latents"):
-                block[name] = np.tile([getattr(condition, name) for condition in group], len(members))
+                block[name] = np.tile(np.array([getattr(condition, name) for condition in group]), len(members))
             for name in ("prompt_id", "cluster", "template", "operation", "answer"):
-                block[name] = np.repeat([getattr(problem, name) for problem in members], len(group))
+                block[name] = np.repeat(np.array([getattr(problem, name) for problem in members]), len(group))
             for name, value in (("space", space), ("part", part), ("timing", timing)):
                 block[name] = np.full(len(answers.texts), value)
-            numbers = {text: extract_answer(text) for text in set(answers.texts)}
-            predictions = [numbers[text] for text in answers.texts]
-            block["prediction"], block["parsed"] = predictions, [number is not None for number in predictions]
-            given = list(zip(answers.texts, block["answer"].tolist(), strict=True))
-            judged = {pair: is_correct(*pair) for pair in set(given)}
-            block["correct"] = [judged[pair] for pair in given]
             blocks.append(block)
             advance(len(answers.texts))
-    return {name: [value for block in blocks for value in block[name]] for name in TRIAL_SCHEMA.names}
+    return {name: np.concatenate([block[name] for block in blocks]) for name in TRIAL_SCHEMA.names}
+
+
+def _judged(texts: Sequence[str], problems: Sequence[Problem]) -> dict[str, np.ndarray]:
+    """Columns text, prediction, parsed, correct of answers that come problem by problem; each distinct pair of text and
+    answer is judged once."""
+    codes, found = pd.factorize(np.array(texts, dtype=object))
+    numbers = [extract_answer(text) for text in found]
+    prompts = np.repeat(np.arange(len(problems)), len(texts) // len(problems))
+    pairs, place = np.unique(codes * len(problems) + prompts, return_inverse=True)
+    right = [is_correct(found[pair // len(problems)], problems[pair % len(problems)].answer) for pair in pairs]
+    return {
+        "text": found[codes],
+        "prediction": np.array([np.nan if number is None else number for number in numbers])[codes],
+        "parsed": np.array([number is not None for number in numbers])[codes],
+        "correct": np.array(right)[place],
+    }
 
 
 # --- For a person -----------------------------------------------------------------------------------------------------

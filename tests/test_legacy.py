@@ -99,7 +99,9 @@ def test_sweep_gives_the_golden_argmax_grid(trials, case, problems, space):
             [[at[(i, latent, *(pair if coefficient else (0, 0)))] for pair in pairs] for latent in range(1, 7)] for i in ids
         ])  # fmt: skip
         wrong = np.argwhere(ours != golden.numpy())
-        assert len(wrong) == 0, f"{name} c={coefficient}: {len(wrong)} of {ours.size} tokens differ, first at {wrong[0]}"
+        assert len(wrong) == 0, (
+            f"{name} c={coefficient}: {len(wrong)} of {ours.size} tokens differ, first at {wrong[0]}"
+        )
     assert compared == 3
     # steering changes answers at all, or equal grids would say nothing
     steered, plain = case.tensors[f"{name}.c-1.0.argmax"], case.tensors[f"{name}.c0.0.argmax"]
@@ -139,7 +141,9 @@ def test_sign_of_the_label(model, means):
     (legacy,) = directions(options, "kv", means["kv"])
     torch.testing.assert_close(legacy.values, means["kv"].values[1] - means["kv"].values[0])
     corrected = GridOptions(spaces=("kv",), pairs=((1, 2),), controls=(), keys="raw")
-    torch.testing.assert_close(directions(corrected, "kv", means["kv"])[0].values, means["kv"].values[0] - means["kv"].values[1])
+    torch.testing.assert_close(
+        directions(corrected, "kv", means["kv"])[0].values, means["kv"].values[0] - means["kv"].values[1]
+    )
 
 
 def test_manifest_says_what_was_done(model, prompts, tmp_path):
