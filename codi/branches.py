@@ -219,10 +219,10 @@ class _Edits:
             model,
             table,
             latents,
-            sorted_(branches.direction).to(device, non_blocking=True),
-            sorted_(branches.key_coefficient).to(device, dtype, non_blocking=True),
-            sorted_(branches.value_coefficient).to(device, dtype, non_blocking=True),
-            sorted_(branches.replace).to(device, non_blocking=True),
+            _upload(sorted_(branches.direction), device),
+            _upload(sorted_(branches.key_coefficient).to(dtype), device),
+            _upload(sorted_(branches.value_coefficient).to(dtype), device),
+            _upload(sorted_(branches.replace), device),
             torch.zeros(len(branches), dtype=torch.float64, device=device),
         )
 
@@ -320,6 +320,11 @@ class _SlotEdit(Intervention):
         return self._edits.slot(k, self._first_position + k - 1, keys, values, layer)
 
 
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _arithmetic(model: CodiModel) -> torch.dtype:
     return torch.float64 if model.dtype == torch.float64 else torch.float32
 
@@ -337,7 +342,7 @@ def decode_branches(
     timing: Timing = "early-exit",
     max_new_tokens: int | None = None,
     engine: Engine = "shared",
-    drafts: bool = True,
+    drafts: bool | None = None,
     batch_size: int | None = None,
     keep_first_logits: bool = False,
 ) -> BranchAnswers:
@@ -354,7 +359,8 @@ def decode_branches(
         max_new_tokens: at most this many tokens per answer; None: `default_new_tokens`.
         engine: "shared" prefixes or cache "clones"; the same answers.
         drafts: shared engine: check the answer of the unedited prompt in one pass and decode only rows that disagree.
-            Does not change answers.
+            Does not change answers. Saves passes and wastes the tokens of rows that disagree, so it pays where a pass
+            costs more than its rows; None: where there are that few rows.
         batch_size: most rows at once; None: what memory allows. Halved when memory runs out. Does not change answers.
         keep_first_logits: also return the logits at the first answer position.
 
@@ -364,15 +370,15 @@ def decode_branches(
     """
     _check(model, run, table, branches, timing, engine, max_new_tokens, batch_size)
     assert branches.replace is not None
-    run = run if run.states.device == model.device else run.to(model.device)
-    table = None if table is None else table.to(model.device, _arithmetic(model))
     limit = default_new_tokens(model) if max_new_tokens is None else max_new_tokens
-    job = _Job(model, run, table, timing, limit, keep_first_logits)
+    job = _Job.of(model, run, table, timing, limit, keep_first_logits)
     model.check_length(job.longest)
     batch = _BatchSize(job.rows_that_fit(engine) if batch_size is None else batch_size)
     size = len(branches)
     out = _Collected(size, limit)
 
+    if drafts is None:
+        drafts = size <= _FEW_ROWS["cuda" if model.device.type == "cuda" else "cpu"]
     # Rows of one kind have the same answer without an edit.
     edited = _has_edit(branches, table)
     exits = torch.full((size,), run.n_latents)
@@ -415,6 +421,7 @@ def decode_branches(
     )
 
 
+_FEW_ROWS = {"cpu": 64, "cuda": 2048}  # up to here a pass costs more than its rows
 _ROWS_WORTH_A_DRAFT = 4  # an unedited answer is computed as a draft if at least this many edited rows can use it
 
 
@@ -493,6 +500,25 @@ class _Job:
     timing: Timing
     max_new_tokens: int
     keep_first_logits: bool
+    visible: Tensor  # (prompt, position) bool, on the CPU
+    first_position: Tensor  # (prompt,) position id of latent 1, on the CPU
+
+    @classmethod
+    def of(
+        cls,
+        model: CodiModel,
+        run: LatentRollout,
+        table: EditTable | None,
+        timing: Timing,
+        max_new_tokens: int,
+        keep_first_logits: bool,
+    ) -> _Job:
+        run = run if run.states.device == model.device else run.to(model.device)
+        table = None if table is None else table.to(model.device, _arithmetic(model))
+        visible = torch.ones_like(run.attention_mask) if model.mask == "published" else run.attention_mask
+        return cls(
+            model, run, table, timing, max_new_tokens, keep_first_logits, visible.cpu(), run.first_position.cpu()
+        )
 
     @property
     def space(self) -> Space:
@@ -502,7 +528,7 @@ class _Job:
     def longest(self) -> int:
         """Positions that the longest text can take."""
         new = self.run.n_latents + len(self.model.protocol.after_latents) + self.max_new_tokens - 1
-        return int(self.run.first_position.max()) + new
+        return int(self.first_position.max()) + new
 
     def rows_that_fit(self, engine: Engine) -> int:
         """Rows at once that memory allows, bounded by what still makes a batch faster."""
@@ -516,7 +542,7 @@ class _Job:
         else:
             held = 4 * slot * self.max_new_tokens * max(size, 4)
             tokens = len(model.protocol.after_latents) + 4
-            most = 16384 if model.device.type == "cuda" else 512 * torch.get_num_threads()
+            most = 16384 if model.device.type == "cuda" else 1024 * torch.get_num_threads()
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * model.d_model
         passing = tokens * (8 * model.d_model + 3 * inner) * max(size, 4) + tokens * 4 * model.n_heads * length * 4
         passing += 3 * model.vocab_size * 4
@@ -582,7 +608,11 @@ def _decode_all(
 ) -> None:
     """Sort rows so that those that share a prefix are neighbours, and decode them batch by batch."""
     latents = _wide(branches.latent).sort(dim=1).values
-    signatures, signature = torch.unique(latents, dim=0, return_inverse=True)
+    base = job.run.n_latents + 1
+    code = (latents * base ** torch.arange(latents.shape[1])).sum(1)
+    _, signature = torch.unique(code, return_inverse=True)
+    first = torch.full((int(signature.max()) + 1,), len(branches))
+    signatures = latents[first.scatter_reduce(0, signature, torch.arange(len(branches)), "amin")]
     lengths = job.run.prompt_lengths.cpu()
     key = signature * (int(lengths.max()) + 1) + lengths[branches.prompt]
     order = (key * len(job.run) + branches.prompt).argsort(stable=True)
@@ -672,7 +702,7 @@ def _decode_shared(job: _Job, branches: Branches, latents: tuple[int, ...], draf
     n, first, last = run.n_latents, latents[0], latents[-1]
     exit_ = last if timing == "early-exit" else n
     edits = _Edits.of(model, job.table, branches, latents)
-    prompt = branches.prompt.to(device, non_blocking=True)
+    prompt = _upload(branches.prompt, device)
     position = run.first_position[prompt]  # of latent 1
 
     # Which latents are own slots from the start, which does the branch compute, which stay in the shared prefix?
@@ -688,12 +718,10 @@ def _decode_shared(job: _Job, branches: Branches, latents: tuple[int, ...], draf
     shared_latents = torch.tensor(list(shared), dtype=torch.long)
     columns = torch.cat((torch.arange(run.prompt_width), run.prompt_width - 1 + shared_latents))
     prompts, groups = torch.unique_consecutive(branches.prompt, return_inverse=True)
-    visible = run.attention_mask.cpu()[prompts][:, columns]
-    if model.mask == "published":
-        visible = torch.ones_like(visible)
+    visible = job.visible[prompts][:, columns]
     seen = visible.any(0)
     columns, visible = columns[seen], visible[:, seen]
-    first_positions = run.first_position.cpu()[prompts] - run.prompt_width
+    first_positions = job.first_position[prompts] - run.prompt_width
     cache = BranchCache(run.past_key_values, prompts, columns, visible, groups, first_positions, job.longest)
 
     for k in given:
@@ -759,7 +787,7 @@ def _answer(
         # The last token of a draft is only checked; nothing follows it.
         tried = drafts[:, :-1].where(drafts[:, 1:] >= 0, -1)
         tried = tried[:, : int(tried.ge(0).sum(1).max())]
-    checked = tried.to(device, non_blocking=True)
+    checked = _upload(tried, device)
     fed = torch.cat((after.expand(size, -1), checked.clamp(min=0)), dim=1)
     embeddings = model.embed(fed)
     positions = position[:, None] + torch.arange(fed.shape[1], device=device)
