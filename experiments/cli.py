@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("experiments.train", "train a CODI model: teacher, then self-distillation"),
     "lens": ("experiments.lens", "logit lens and tuned lens on latents: train, show, detect, difference, transfer"),
     "alternation": ("experiments.alternation", "do even latents store and odd latents compute? one test, one verdict"),
+    "probes": ("experiments.probes", "what a linear map reads from each latent, space and layer"),
     "patch": ("experiments.patch", "replace latents by means, values, other prompts' latents or noise"),
     "necessity": ("experiments.necessity", "which latents, and which subsets of them, the answer needs"),
     "transfer": ("experiments.transfer", "ablate the prompt, carry latents from one prompt to another"),

@@ -1,0 +1,605 @@
+"""`codi probes`: what a linear map can read from each latent, in each space and layer, on numbers it has not seen.
+
+For every space (h: residual stream, z: the fed embedding, keys, values), latent and layer a ridge classifier is fitted
+to each target (operation, operands, step1, step2, …, answer) and scored on held-out number triples:
+
+    accuracy      share of prompts whose class has the highest score; cross-validated, no triple in both parts
+    shuffled      the same with labels exchanged between (triple, operation) groups: what this probe gets from nothing
+    selectivity   accuracy − shuffled (Hewitt and Liang 2019, arXiv 1909.03368), with an interval over triples
+    reachable     share of prompts whose class occurs in the training part at all; no probe can score more
+    r2            of numeric targets, also a ridge regression: 1 − squared error / squared error of the training mean
+
+The ridge penalty is chosen per target inside the training part, again by triple. The row "intermediate−final" is the
+mean selectivity of the steps before the last minus that of the answer: which of the two a latent holds. (A published
+probe took its labels for this from the lens it was meant to confirm and let prompts with the same numbers into both
+parts; here nothing but the problem gives a label.) Linear regression to one column per class can mask a middle class,
+so accuracies are lower bounds of what is linearly there.
+
+Knows nothing about lenses, answers or interventions. Runs as `codi probes` or `python -m experiments.probes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import StandardScaler
+
+from experiments.stats import bootstrap_interval, cluster_weights
+from experiments.tasks import Problem, load_task, with_suffix
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from codi import CodiModel
+
+__all__ = [
+    "CONTRAST", "Config", "Design", "ProbeScores", "SPACES", "Target", "collect", "draw", "main", "probe",
+    "probe_table", "targets_of",
+]  # fmt: skip
+
+Space = Literal["h", "z", "keys", "values"]
+SPACES: tuple[Space, ...] = ("h", "z", "keys", "values")
+PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+"""Ridge penalties to choose from, on standardised features."""
+CONTRAST = "intermediate−final"
+MOST_CLASSES = 400
+"""Targets with more values than this are read by regression only."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Linear probes of latents: operation, operands, steps and answer, by space, latent and layer."""
+
+    model: str = "checkpoints/tiny"
+    """Checkpoint: a folder or a hub id."""
+    task: str = "templates"
+    """Problems whose steps are known: templates, arithmetic, a file, a folder or a hub id."""
+    split: str = "all"
+    """Split of the task; all: every number triple of templates (the probes make their own held-out parts)."""
+    limit: int | None = 1344
+    """Number of problems, a seeded choice; None: all."""
+    min_steps: int | None = None
+    """Only problems of at least this many steps (not for templates); None: no bound."""
+    max_steps: int | None = None
+    """Only problems of at most this many steps (not for templates); None: no bound."""
+    suffix: bool = True
+    """Append the sentence that ended the checkpoint's training questions, if any."""
+    spaces: tuple[Space, ...] = SPACES
+    """What is read: h (residual stream, all layers), z (embedding fed), keys (rotation undone), values (per block)."""
+    layers: tuple[int, ...] | None = None
+    """Layers of h (0..n_layers) and blocks of keys and values (1..n_layers); None: all."""
+    folds: int = 5
+    """Parts of the cross-validation; all prompts of a number triple are in one part."""
+    shuffles: int = 4
+    """Label shuffles behind the baseline."""
+    resamples: int = 2000
+    """Bootstrap resamples of triples behind every interval."""
+    batch_size: int = 128
+    """Problems computed at once."""
+    seed: int = 0
+    """Of problems, folds, shuffles and bootstrap."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs (the probes run on the CPU); auto: CUDA if there is any."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights."""
+    base: str | None = None
+    """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
+    protocol: Literal["original", "original-eos", "answer-only"] | None = None
+    """Token order; None: what the checkpoint says or looks like."""
+    mask: Literal["carried", "published"] = "carried"
+    """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
+    out: Path = Path("runs/probes")
+    """Folder for probes.csv, probes.json, manifest.json and the figure (PNG and PDF)."""
+
+
+# --- Targets and folds ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a probe has to read: one label per prompt.
+
+    Attributes:
+        name: "operation", "operand1", …, "step1", …, "answer".
+        labels: (prompt,) class index into `classes`.
+        classes: sorted distinct values.
+        numbers: (prompt,) float64 values of a numeric target, else None.
+    """
+
+    name: str
+    labels: np.ndarray
+    classes: tuple[Any, ...]
+    numbers: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[Any]) -> Target:
+        """From one value per prompt; numbers are numeric targets."""
+        classes = tuple(sorted(set(values)))
+        index = {value: i for i, value in enumerate(classes)}
+        numeric = all(isinstance(value, int | float) for value in values)
+        labels = np.array([index[value] for value in values])
+        return cls(name, labels, classes, np.array(values, float) if numeric else None)
+
+
+def targets_of(problems: Sequence[Problem]) -> list[Target]:
+    """Everything known about the problems that varies: operation, operands (if all have as many), steps, answer.
+
+    A step is a target if every problem has it and it is not the last one of any problem (that one is the answer).
+    """
+    if not problems:
+        raise ValueError("probes need at least one problem, got none")
+    columns: dict[str, list[Any]] = {"operation": [problem.operation for problem in problems]}
+    widths = {len(problem.numbers) for problem in problems}
+    if len(widths) == 1:
+        for i in range(widths.pop()):
+            columns[f"operand{i + 1}"] = [problem.numbers[i] for problem in problems]
+    for i in range(min(len(problem.intermediates) for problem in problems) - 1):
+        columns[f"step{i + 1}"] = [problem.intermediates[i] for problem in problems]
+    columns["answer"] = [problem.answer for problem in problems]
+    return [Target.of(name, values) for name, values in columns.items() if len(set(values)) > 1]
+
+
+def _shuffled(labels: np.ndarray, units: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Labels exchanged between units (rows of a unit share a label and keep sharing one)."""
+    _, first, inverse = np.unique(units, return_index=True, return_inverse=True)
+    return labels[first][rng.permutation(len(first))][inverse]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Targets, folds and shuffles, the same for every space, latent and layer.
+
+    Attributes:
+        targets: what is read.
+        clusters: (prompt,) number triple of each prompt.
+        folds: (prompt,) part of the cross-validation in which a prompt is held out.
+        columns: per target, (1 + shuffle, prompt) class labels; row 0 holds the true ones.
+    """
+
+    targets: tuple[Target, ...]
+    clusters: np.ndarray
+    folds: np.ndarray
+    columns: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(
+        cls, targets: Sequence[Target], clusters: Sequence[str], folds: int = 5, shuffles: int = 4, seed: int = 0
+    ) -> Design:
+        """Draw folds and shuffles.
+
+        Args:
+            targets: at least one.
+            clusters: number triple of each prompt.
+            folds: at least 3 (one is held out, one chooses the penalty), at most the number of clusters.
+            shuffles: at least 1.
+            seed: of both.
+
+        Raises:
+            ValueError: a number outside its range, lengths that differ.
+        """
+        names = np.asarray(clusters)
+        if not targets or any(len(target.labels) != len(names) for target in targets):
+            raise ValueError("every target needs one label per prompt, and there must be one target at least")
+        if not 3 <= folds <= len(np.unique(names)):
+            raise ValueError(f"folds must be in 3..{len(np.unique(names))} (number of clusters), got {folds}")
+        if shuffles < 1:
+            raise ValueError(f"shuffles must be at least 1, got {shuffles}")
+        part = np.zeros(len(names), int)
+        splitter = GroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+        for i, (_, held_out) in enumerate(splitter.split(names, groups=names)):
+            part[held_out] = i
+        rng = np.random.default_rng([seed, 7])
+        columns = []
+        for target in targets:
+            units = np.array([f"{name}\t{label}" for name, label in zip(names, target.labels, strict=True)])
+            shuffled = [_shuffled(target.labels, units, rng) for _ in range(shuffles)]
+            columns.append(np.stack([target.labels, *shuffled]))
+        return cls(tuple(targets), names, part, tuple(columns))
+
+
+# --- One probe --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """Held-out results of one place, per target name.
+
+    Attributes:
+        correct: (prompt,) 0 or 1; NaN for a target with too many classes.
+        shuffled: (prompt,) mean over the shuffles of the same.
+        r2: of numeric targets; NaN otherwise.
+    """
+
+    correct: dict[str, np.ndarray]
+    shuffled: dict[str, np.ndarray]
+    r2: dict[str, float]
+
+
+def probe(features: np.ndarray, design: Design) -> ProbeScores:
+    """Fit and score the probes of every target on one place.
+
+    Args:
+        features: (prompt, feature).
+        design: targets, folds and shuffles.
+
+    Returns:
+        Held-out correctness per prompt, with true and with shuffled labels, and r2.
+
+    Raises:
+        ValueError: features that are not (prompt, feature) or not finite.
+    """
+    x = np.asarray(features, np.float64)
+    if x.ndim != 2 or len(x) != len(design.clusters):
+        raise ValueError(f"features must be ({len(design.clusters)} prompts, feature), got {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("features must be finite")
+    n = len(x)
+    read = [i for i, target in enumerate(design.targets) if len(target.classes) <= MOST_CLASSES]
+    correct = {target.name: np.full(n, np.nan) for target in design.targets}
+    shuffled = {target.name: np.full(n, np.nan) for target in design.targets}
+    squares = {target.name: np.zeros(2) for target in design.targets}
+
+    folds = int(design.folds.max()) + 1
+    for fold in range(folds):
+        test = design.folds == fold
+        train = ~test
+        choosing = design.folds == (fold + 1) % folds
+        chosen = _choose_penalties(x, train & ~choosing, choosing, design, read)
+        scaler = StandardScaler().fit(x[train])
+        x_train, x_test = scaler.transform(x[train]), scaler.transform(x[test])
+        for penalty in PENALTIES:
+            mine = [i for i in range(len(design.targets)) if chosen[i] == penalty]
+            if not mine:
+                continue
+            blocks = [block for i in mine for block in _blocks(design, i, train, i in read)]
+            edges = np.cumsum([block.shape[1] for block in blocks])[:-1]
+            predicted = np.split(_ridge(x_train, np.concatenate(blocks, 1), penalty, x_test), edges, axis=1)
+            place = 0
+            for i in mine:
+                target = design.targets[i]
+                if i in read:
+                    labels = design.columns[i]
+                    hits = np.stack(
+                        [predicted[place + s].argmax(1) == labels[s, test] for s in range(len(labels))]
+                    ).astype(float)
+                    correct[target.name][test], shuffled[target.name][test] = hits[0], hits[1:].mean(0)
+                    place += len(labels)
+                if target.numbers is not None:
+                    truth, mean = target.numbers[test], target.numbers[train].mean()
+                    squares[target.name] += [((predicted[place][:, 0] - truth) ** 2).sum(), ((truth - mean) ** 2).sum()]
+                    place += 1
+    r2 = {
+        target.name: float(1 - squares[target.name][0] / squares[target.name][1])
+        if target.numbers is not None and squares[target.name][1] > 0
+        else float("nan")
+        for target in design.targets
+    }
+    return ProbeScores(correct, shuffled, r2)
+
+
+def _ridge(x: np.ndarray, columns: np.ndarray, penalty: float, x_new: np.ndarray) -> np.ndarray:
+    """(row of x_new, column) predictions of a ridge regression with intercept, all columns at once."""
+    fitted = Ridge(alpha=penalty, solver="cholesky").fit(x, columns)
+    return fitted.predict(x_new).reshape(len(x_new), columns.shape[1])
+
+
+def _blocks(design: Design, i: int, rows: np.ndarray, classes: bool, shuffles: bool = True) -> list[np.ndarray]:
+    """Columns to regress on for one target: one-hot labels, true then shuffled, then the number itself."""
+    target = design.targets[i]
+    identity = np.eye(len(target.classes)) if classes else np.empty((0, 0))
+    labels = design.columns[i] if shuffles else design.columns[i][:1]
+    blocks = [identity[row[rows]] for row in labels] if classes else []
+    return blocks if target.numbers is None else [*blocks, target.numbers[rows, None]]
+
+
+def _choose_penalties(x: np.ndarray, fit: np.ndarray, held_out: np.ndarray, design: Design, read: list[int]) -> list:
+    """Per target the penalty that does best on the choosing part; the larger one where two do equally well."""
+    scaler = StandardScaler().fit(x[fit])
+    x_fit, x_held = scaler.transform(x[fit]), scaler.transform(x[held_out])
+    blocks = [_blocks(design, i, fit, i in read, shuffles=False) for i in range(len(design.targets))]
+    joined = np.concatenate([block for group in blocks for block in group], 1)
+    best = [(-np.inf, PENALTIES[-1])] * len(design.targets)
+    for penalty in reversed(PENALTIES):
+        predicted = _ridge(x_fit, joined, penalty, x_held)
+        column = 0
+        for i, target in enumerate(design.targets):
+            width = sum(block.shape[1] for block in blocks[i])
+            mine = predicted[:, column : column + width]
+            column += width
+            if i in read:
+                score = float((mine[:, : len(target.classes)].argmax(1) == target.labels[held_out]).mean())
+            else:
+                assert target.numbers is not None, "a target with many classes is a number"
+                score = -float(((mine[:, -1] - target.numbers[held_out]) ** 2).mean())
+            if score > best[i][0]:
+                best[i] = (score, penalty)
+    return [penalty for _, penalty in best]
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def probe_table(
+    places: Sequence[tuple[str, int, int]],
+    scores: Sequence[ProbeScores],
+    design: Design,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row per place × target, with intervals over clusters.
+
+    Args:
+        places: (space, latent, layer) of each result; latent 0 is the begin-of-thought token.
+        scores: from `probe`, in the same order.
+        design: what they were computed with.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns space, latent, layer, target, accuracy, lower, upper, shuffled, selectivity, selectivity_lower,
+        selectivity_upper, r2, classes, majority, reachable, n, n_clusters. Rows of the target "intermediate−final" have
+        selectivity only (it lies between −1 and 1).
+    """
+    codes, names = pd.factorize(design.clusters, sort=True)
+    weights = cluster_weights(len(names), resamples, seed)
+    counts = np.bincount(codes, minlength=len(names))
+    steps = [target.name for target in design.targets if target.name.startswith("step")]
+    facts = {target.name: _facts(target, design.folds) for target in design.targets}
+    rows: list[dict[str, Any]] = []
+    sums: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def by_cluster(values: np.ndarray) -> np.ndarray:
+        return np.bincount(codes, weights=values, minlength=len(names))
+
+    for (space, latent, layer), score in zip(places, scores, strict=True):
+        gains = {name: score.correct[name] - score.shuffled[name] for name in score.correct}
+        for target in design.targets:
+            rows.append({
+                "space": space, "latent": latent, "layer": layer, "target": target.name,
+                "accuracy": score.correct[target.name].mean(), "shuffled": score.shuffled[target.name].mean(),
+                "selectivity": gains[target.name].mean(), "r2": score.r2[target.name], **facts[target.name],
+            })  # fmt: skip
+            sums.append((by_cluster(score.correct[target.name]), by_cluster(gains[target.name])))
+        if steps and "answer" in gains:
+            difference = np.mean([gains[name] for name in steps], axis=0) - gains["answer"]
+            rows.append({"space": space, "latent": latent, "layer": layer, "target": CONTRAST,
+                         "accuracy": np.nan, "shuffled": np.nan, "selectivity": difference.mean(), "r2": np.nan,
+                         "classes": 0, "majority": np.nan, "reachable": np.nan})  # fmt: skip
+            sums.append((np.full(len(names), np.nan), by_cluster(difference)))
+    table = pd.DataFrame(rows)
+    for column, which, prefix in (("accuracy", 0, ""), ("selectivity", 1, "selectivity_")):
+        values = np.array([pair[which] for pair in sums])
+        known = np.isfinite(values).all(1)
+        lower, upper = np.full(len(values), np.nan), np.full(len(values), np.nan)
+        bounds = (0.0, 1.0) if column == "accuracy" else (-1.0, 1.0)
+        if known.any():
+            spread = np.broadcast_to(counts, values[known].shape)
+            lower[known], upper[known] = bootstrap_interval(values[known], spread, weights=weights, bounds=bounds)
+        table[f"{prefix}lower"], table[f"{prefix}upper"] = lower, upper
+    table["n"], table["n_clusters"] = len(codes), len(names)
+    order = ["space", "latent", "layer", "target", "accuracy", "lower", "upper", "shuffled", "selectivity",
+             "selectivity_lower", "selectivity_upper", "r2", "classes", "majority", "reachable", "n",
+             "n_clusters"]  # fmt: skip
+    return table[order]
+
+
+def _facts(target: Target, folds: np.ndarray) -> dict[str, float]:
+    seen = [
+        np.isin(target.labels[folds == fold], target.labels[folds != fold]).sum() for fold in range(folds.max() + 1)
+    ]
+    majority = np.bincount(target.labels).max() / len(target.labels)
+    return {"classes": len(target.classes), "majority": majority, "reachable": sum(seen) / len(target.labels)}
+
+
+# --- States of a model ------------------------------------------------------------------------------------------------
+
+
+def collect(
+    model: CodiModel,
+    problems: Sequence[Problem],
+    spaces: Sequence[Space] = SPACES,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 128,
+    advance: Callable[[int], object] = lambda prompts: None,
+) -> dict[tuple[str, int, int], np.ndarray]:
+    """States of every prompt, one array per place.
+
+    Args:
+        model: the model.
+        problems: at least one.
+        spaces: any of h, z, keys, values.
+        layers: of h (0..n_layers) and blocks of keys and values (1..n_layers); None: all. z has layer 0.
+        batch_size: prompts at once.
+        advance: called with the number of prompts just done.
+
+    Returns:
+        (space, latent, layer) -> (prompt, feature) float32, in order. h also has latent 0, the begin-of-thought token.
+        Keys have their rotation undone (a probe must not read the length of the prompt from it).
+
+    Raises:
+        ValueError: an unknown space, a layer outside 0..n_layers.
+    """
+    from steering.means import content_keys
+
+    unknown = sorted(set(spaces) - set(SPACES))
+    if unknown or not spaces:
+        raise ValueError(f"spaces may be {', '.join(SPACES)}, got {', '.join(unknown) or 'none'}")
+    wanted = tuple(range(model.n_layers + 1)) if layers is None else tuple(sorted(set(layers)))
+    wrong = [layer for layer in wanted if not 0 <= layer <= model.n_layers]
+    if wrong:
+        raise ValueError(f"layers must be in 0..{model.n_layers}, got {wrong[0]}")
+    kept = {"h": "hidden_states", "z": "embeddings", "keys": "keys", "values": "values"}
+    found: dict[tuple[str, int, int], list[np.ndarray]] = {}
+    for start in range(0, len(problems), batch_size):
+        questions = [problem.question for problem in problems[start : start + batch_size]]
+        run = model.rollout(model.encode(questions), model.n_latents, keep=[kept[space] for space in spaces])
+        for space in dict.fromkeys(spaces):
+            if space == "h":
+                assert run.hidden_states is not None and run.bot_hidden_states is not None
+                states = {0: run.bot_hidden_states}
+                states |= {k + 1: run.hidden_states[:, k] for k in range(run.n_latents)}
+                cells = {(k, layer): state[:, layer] for k, state in states.items() for layer in wanted}
+            elif space == "z":
+                assert run.embeddings is not None
+                cells = {(k + 1, 0): run.embeddings[:, k] for k in range(run.n_latents)}
+            else:
+                slots = content_keys(run, model) if space == "keys" else run.values
+                assert slots is not None
+                blocks = [layer for layer in wanted if layer > 0]
+                cells = {(k + 1, b): slots[:, k, b - 1].flatten(1) for k in range(run.n_latents) for b in blocks}
+            for (latent, layer), tensor in cells.items():
+                found.setdefault((space, latent, layer), []).append(tensor.float().cpu().numpy())
+        advance(len(questions))
+    return {place: np.concatenate(parts) for place, parts in found.items()}
+
+
+# --- Figure -----------------------------------------------------------------------------------------------------------
+
+
+def draw(table: pd.DataFrame, title: str = "") -> Figure:
+    """Heatmaps of selectivity: one row per target, one column per space, layers upwards, latents to the right."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    spaces = [space for space in SPACES if space in set(table["space"])]
+    targets = list(dict.fromkeys(table["target"]))
+    heights = {space: table.loc[table["space"] == space, "layer"].nunique() for space in spaces}
+    tallest = max(heights.values())
+    panel = float(np.clip(0.155 * tallest, 0.55, 2.6))
+    widths = [table.loc[table["space"] == space, "latent"].nunique() for space in spaces]
+    with matplotlib.rc_context({"font.size": 7, "axes.linewidth": 0.5, "pdf.fonttype": 42}):
+        figure = Figure(figsize=(7.2, 0.9 + (panel + 0.14) * len(targets)), layout="constrained")
+        axes = figure.subplots(len(targets), len(spaces), squeeze=False, width_ratios=widths)
+        largest = max(0.05, float(table.loc[table["target"] != CONTRAST, "selectivity"].max()))
+        differences = table.loc[table["target"] == CONTRAST, "selectivity"].abs()
+        widest = max(0.05, float(differences.max())) if len(differences) else 1.0
+        images: dict[bool, Any] = {}
+        for row, target in enumerate(targets):
+            diverging = target == CONTRAST
+            for column, space in enumerate(spaces):
+                ax = axes[row, column]
+                cells = table[(table["space"] == space) & (table["target"] == target)]
+                grid = cells.pivot(index="layer", columns="latent", values="selectivity")
+                limits = {"vmin": -widest, "vmax": widest} if diverging else {"vmin": 0.0, "vmax": largest}
+                colours = "PuOr" if diverging else "cividis"
+                image = ax.imshow(grid, origin="lower", aspect="auto", cmap=colours, **limits)
+                images[diverging] = image
+                ax.set_xticks(range(grid.shape[1]), grid.columns if row == len(targets) - 1 else [])
+                ax.set_yticks(range(len(grid)), grid.index)
+                ax.tick_params(length=0, pad=1.5)
+                if len(grid) > 10:
+                    ax.set_yticks(range(0, len(grid), 4), grid.index[::4])
+                elif panel / tallest >= 0.1:
+                    for (i, j), value in np.ndenumerate(grid.to_numpy()):
+                        text = f"{value:.2f}".replace("0.", ".").replace("-", "−")
+                        dark = abs(value) > 0.6 * widest if diverging else value < 0.55 * largest
+                        ax.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
+                if row == 0:
+                    names = {"h": "h: residual stream", "z": "z: embedding", "keys": "keys", "values": "values"}
+                    ax.set_title(names[space], fontsize=8)
+                if column == 0:
+                    ax.set_ylabel(target.replace("−", "\n− "), fontsize=7)
+                if row == len(targets) - 1:
+                    ax.set_xlabel("latent (0: begin of thought)" if space == "h" else "latent")
+        rows = {False: [i for i, t in enumerate(targets) if t != CONTRAST], True: [len(targets) - 1]}
+        for diverging, image in images.items():
+            size = 5 if diverging else 30
+            bar = figure.colorbar(image, ax=axes[rows[diverging]], fraction=0.02, pad=0.01, aspect=size)
+            bar.set_label("difference" if diverging else "selectivity (accuracy − shuffled labels)")
+            bar.outline.set_linewidth(0.5)
+        figure.supylabel("target, and layer (h: 0..n; keys, values: block)", fontsize=7)
+        if title:
+            figure.suptitle(title, fontsize=8)
+    return figure
+
+
+# --- Command ----------------------------------------------------------------------------------------------------------
+
+
+def summary(table: pd.DataFrame) -> str:
+    """The best place of every target, and its readability from h_k by latent, as markdown."""
+    lines = ["| target | classes | shuffled | reachable | best place | accuracy | selectivity [95 %] | r2 |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for target, cells in table[table["target"] != CONTRAST].groupby("target", sort=False):
+        cells = cells.sort_values("selectivity", ascending=False, na_position="last")
+        best = cells.iloc[0]
+        place = f"{best['space']}, latent {best['latent']}, layer {best['layer']}"
+        r2 = "–" if np.isnan(best["r2"]) else f"{best['r2']:.2f}"
+        interval = f"{best['selectivity']:.2f} [{best['selectivity_lower']:.2f}, {best['selectivity_upper']:.2f}]"
+        lines.append(
+            f"| {target} | {best['classes']} | {best['shuffled']:.2f} | {best['reachable']:.2f} | {place} | "
+            f"{best['accuracy']:.2f} | {interval} | {r2} |"
+        )
+    last = table[(table["space"] == "h") & (table["layer"] == table.loc[table["space"] == "h", "layer"].max())]
+    if len(last):
+        grid = last.pivot(index="target", columns="latent", values="selectivity")
+        grid = grid.loc[list(dict.fromkeys(last["target"]))]
+        lines += ["", "Selectivity from h_k (last layer), by latent (0: begin of thought):", ""]
+        lines += ["| target | " + " | ".join(map(str, grid.columns)) + " |", "|---|" + "---|" * grid.shape[1]]
+        for name, row in zip(grid.index, grid.to_numpy(), strict=True):
+            lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    """Roll out, probe every place, write table and figure, print the summary."""
+    from tqdm import tqdm
+
+    from codi import load_codi
+    from experiments.runs import versions
+    from experiments.split import digest
+
+    if config.resamples < 100:
+        raise ValueError(f"resamples must be at least 100, got {config.resamples}")
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    problems = load_task(config.task, config.split, config.limit, config.seed, "", config.min_steps, config.max_steps)
+    if any(len(problem.intermediates) < 1 for problem in problems):
+        raise ValueError(f"{config.task}: probes need problems whose steps are known")
+    model = load_codi(
+        config.model, base=config.base, protocol=config.protocol, mask=config.mask, dtype=config.dtype,
+        device=None if config.device == "auto" else config.device,
+    )  # fmt: skip
+    if config.suffix:
+        problems = with_suffix(problems, model.protocol.question_suffix)
+    clusters = [problem.cluster or problem.prompt_id for problem in problems]
+    design = Design.of(targets_of(problems), clusters, config.folds, config.shuffles, config.seed)
+    with tqdm(total=len(problems), unit="prompt", desc="latents") as bar:
+        states = collect(model, problems, config.spaces, config.layers, config.batch_size, bar.update)
+    scores = [probe(x, design) for x in tqdm(states.values(), unit="place", desc="probes")]
+    table = probe_table(list(states), scores, design, resamples=config.resamples, seed=config.seed)
+
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    manifest = {
+        "options": options, "checkpoint_hash": model.checkpoint_hash, "protocol": model.protocol.to_dict(),
+        "problems": digest(problems), "versions": versions(),
+    }  # fmt: skip
+    (config.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    table.to_csv(config.out / "probes.csv", index=False)
+    (config.out / "probes.json").write_text(table.to_json(orient="records", indent=1) + "\n", encoding="utf-8")
+    figure = draw(table)
+    for ending in ("png", "pdf"):
+        figure.savefig(config.out / f"probes.{ending}", dpi=200)
+    text = (
+        f"{model.name}: {config.task}, split {config.split}, {len(problems)} prompts in {len(set(clusters))} number "
+        f"triples; ridge probes, {config.folds} folds by triple, {config.shuffles} label shuffles\n\n{summary(table)}"
+    )
+    (config.out / "summary.md").write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\n\nWritten to {config.out}: probes.csv, probes.json, probes.png, probes.pdf, summary.md")
+
+
+if __name__ == "__main__":
+    from experiments.cli import run_module
+
+    run_module(__name__)
