@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import eager_mask
 
 __all__ = [
     "BRANCH_ATTENTION",
@@ -436,3 +437,40 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 AttentionInterface.register(BRANCH_ATTENTION, _attend)
 AttentionMaskInterface.register(BRANCH_ATTENTION, _no_mask)
+
+
+# --- Attention for training -------------------------------------------------------------------------------------------
+
+GROUPED_ATTENTION = "codi_grouped"
+"""Eager attention that does not repeat key/value heads: the backward pass of grouped-query attention copies less."""
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scaling · q kᵀ + mask) v, the query heads of one key/value head as rows of one product.
+
+    query (batch, head, token, d_head), key and value (batch, kv_head, position, d_head), mask additive.
+    """
+    batch, heads, tokens, d_head = query.shape
+    kv_heads = key.shape[1]
+    rows = query.reshape(batch, kv_heads, -1, d_head)
+    scale = d_head**-0.5 if scaling is None else scaling
+    scores = torch.matmul(rows, key.transpose(2, 3)).view(batch, kv_heads, -1, tokens, key.shape[2]) * scale
+    if attention_mask is not None:
+        scores = scores + attention_mask[:, :, None, :, : key.shape[2]]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    output = torch.matmul(weights.view(batch, kv_heads, -1, key.shape[2]), value)
+    return output.view(batch, heads, tokens, d_head).transpose(1, 2).contiguous(), weights.flatten(1, 2)
+
+
+AttentionInterface.register(GROUPED_ATTENTION, _grouped_attention)
+AttentionMaskInterface.register(GROUPED_ATTENTION, eager_mask)

@@ -671,6 +671,7 @@ def save_checkpoint(
     prj_dim: int | None = None,
     extra: Mapping[str, Any] | None = None,
     safetensors: bool = False,
+    base_tokenizer: Any = None,
 ) -> Path:
     """Write a checkpoint folder in the answer-only layout, which the published code can load too.
 
@@ -679,12 +680,13 @@ def save_checkpoint(
     Args:
         folder: made if needed; files of the same names are replaced.
         state_dict: of the reference wrapper: keys `codi.base_model.model.…` and `prj.…`, embedding and head included.
-        base_model: Hugging Face model before LoRA, saved as `base/`.
+        base_model: Hugging Face model before LoRA, saved as `base/`; or the folder or hub id where it is to be found.
         tokenizer: with the protocol's tokens.
         protocol, lora_r, lora_alpha, n_latents: what `load_codi` cannot see in the weights.
         prj_dim: width of the projection, checked against the weights if given.
         extra: further entries of codi.json (training settings, say).
         safetensors: model.safetensors instead of pytorch_model.bin.
+        base_tokenizer: saved with the base model; None: `tokenizer`.
     """
     folder = Path(folder)
     state = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
@@ -692,11 +694,12 @@ def save_checkpoint(
     if width is None or (prj_dim is not None and prj_dim != width):
         raise UserError(f"prj_dim is {prj_dim}, the projection in the state dict has width {width}")
     folder.mkdir(parents=True, exist_ok=True)
-    base_model.save_pretrained(folder / BASE_FOLDER)
-    tokenizer.save_pretrained(folder / BASE_FOLDER)
+    if not isinstance(base_model, str):
+        base_model.save_pretrained(folder / BASE_FOLDER)
+        (tokenizer if base_tokenizer is None else base_tokenizer).save_pretrained(folder / BASE_FOLDER)
     tokenizer.save_pretrained(folder)
     settings = {
-        "base": BASE_FOLDER,
+        "base": base_model if isinstance(base_model, str) else BASE_FOLDER,
         "protocol": protocol.to_dict(),
         "lora_r": lora_r,
         "lora_alpha": lora_alpha,

@@ -7,12 +7,12 @@ One model plays both parts. For every problem, with the question computed once a
 
     loss = CE(student's answer) + f · KD + g · CE(teacher's chain and answer) + d · CE(direct answer)
 
-KD = mean over the n_layers + 1 hidden states of SmoothL1(student, stop-gradient teacher) / std(teacher) at the token just before
-the first answer token. In protocols with a named end-of-thought token that token ends the written chain too, and the two are
-compared there. LoRA and the projection are trained; the base weights are frozen.
+KD = mean over the n_layers + 1 hidden states of SmoothL1(student, stop-gradient teacher) / std(teacher) at the token
+just before the first answer token. In protocols with a named end-of-thought token that token ends the written chain too, and
+the two are compared there. LoRA and the projection are trained; the base weights are frozen.
 
-The latent loop is `codi.rollout.rollout`, with gradients. Knows nothing about tasks, files or devices: problems come in as text,
-and the loop over steps (experiments/train.py) belongs to the caller.
+The latent loop is `codi.rollout.rollout`, with gradients. Knows nothing about tasks, files or devices: problems come in
+as text, and the loop over steps (experiments/train.py) belongs to the caller.
 
 Source: Shen et al. 2025, CODI, arXiv 2502.21074 (loss and settings).
 """
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol as Shape
+from typing import Any
+from typing import Protocol as Shape
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,14 @@ __all__ = ["DistillationLoss", "MergedLora", "TeacherLoss", "TrainingBatch", "co
 class Example(Shape):
     """What a training problem must offer: question, written chain of thought, answer text."""
 
-    question: str
-    chain: str
-    answer_text: str
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def chain(self) -> str: ...
+
+    @property
+    def answer_text(self) -> str: ...
 
 
 @dataclass
@@ -48,11 +54,11 @@ class TrainingBatch:
 
     Attributes:
         prefix: question and the protocol tokens that every part shares, left padded.
-        verbal, verbal_mask, verbal_read: (batch, position) what the teacher reads after the prefix, right padded; which of
-            it is real; and the position (batch,) of its last token before the answer.
+        verbal, verbal_mask, verbal_read: (batch, position) what the teacher reads after the prefix, right padded; which
+            of it is real; and the position (batch,) of its last token before the answer.
         latent: tokens fed before latent 1, after the prefix (the same for every problem).
         answer, answer_mask, answer_read: as verbal, for what the student reads after its latents.
-        direct, direct_mask: as verbal, for the direct answer; its first len(before_direct) tokens are given, not predicted.
+        direct, direct_mask: as verbal, for the direct answer.
         verbal_start, direct_start, answer_start: number of leading tokens in each that are given, not predicted.
     """
 
@@ -110,31 +116,39 @@ def collate(problems: Sequence[Example], model: CodiModel) -> TrainingBatch:
     end = [protocol.eos_id]
     # In protocols with a bare-number answer the end-of-thought token also ends a written chain.
     bridge = [protocol.eot_id] if protocol.answer_style == "number" else []
-    lead = list(protocol.before_verbal[len(shared):])
+    lead = list(protocol.before_verbal[len(shared) :])
     verbal = [[*lead, *c, *bridge, *a, *end] for c, a in zip(chains, answers, strict=True)]
     # The token whose state is distilled stands just before the first answer token that carries the number.
     ahead = [0 if bridge else _lead_length(tokenizer, p.answer_text) for p in problems]
     verbal_read = [len(lead) + len(c) + len(bridge) - 1 + s for c, s in zip(chains, ahead, strict=True)]
     after = list(protocol.after_latents)
     answer = [[*after, *a, *end] for a in answers]
-    before_direct = list(protocol.before_direct[len(shared):])
+    before_direct = list(protocol.before_direct[len(shared) :])
     direct = [[*before_direct, *a, *end] for a in answers]
 
     width = max(map(len, prefixes))
     ids = torch.full((len(prefixes), width), protocol.pad_id)
     mask = torch.zeros(len(prefixes), width, dtype=torch.long)
     for i, row in enumerate(prefixes):
-        ids[i, width - len(row):] = torch.tensor(row)
-        mask[i, width - len(row):] = 1
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
     verbal_ids, verbal_mask = _right_padded(verbal, protocol.pad_id)
     answer_ids, answer_mask = _right_padded(answer, protocol.pad_id)
     direct_ids, direct_mask = _right_padded(direct, protocol.pad_id)
     return TrainingBatch(
-        prefix=EncodedBatch(ids, mask), verbal=verbal_ids, verbal_mask=verbal_mask,
-        verbal_read=torch.tensor(verbal_read), latent=torch.tensor(protocol.before_latents[len(shared):]),
-        answer=answer_ids, answer_mask=answer_mask,
-        answer_read=torch.tensor([len(after) - 1 + s for s in ahead]), direct=direct_ids, direct_mask=direct_mask,
-        verbal_start=len(lead), answer_start=len(after), direct_start=len(before_direct),
+        prefix=EncodedBatch(ids, mask),
+        verbal=verbal_ids,
+        verbal_mask=verbal_mask,
+        verbal_read=torch.tensor(verbal_read),
+        latent=torch.tensor(protocol.before_latents[len(shared) :]),
+        answer=answer_ids,
+        answer_mask=answer_mask,
+        answer_read=torch.tensor([len(after) - 1 + s for s in ahead]),
+        direct=direct_ids,
+        direct_mask=direct_mask,
+        verbal_start=len(lead),
+        answer_start=len(after),
+        direct_start=len(before_direct),
     )
 
 
@@ -154,7 +168,12 @@ def _lead_length(tokenizer: Any, answer_text: str) -> int:
 
 
 def _tail(
-    model: CodiModel, cache: Any, mask: Tensor, next_position: Tensor, ids: Tensor, ids_mask: Tensor,
+    model: CodiModel,
+    cache: Any,
+    mask: Tensor,
+    next_position: Tensor,
+    ids: Tensor,
+    ids_mask: Tensor,
     hidden_states: bool = False,
 ) -> Any:
     """Feed right-padded ids after a past; the past's cache is not modified."""
@@ -163,11 +182,13 @@ def _tail(
     return feed(model, model.embed(ids), clone_cache(cache), seen, positions, hidden_states=hidden_states)
 
 
-def _cross_entropy(model: CodiModel, last: Tensor, ids: Tensor, ids_mask: Tensor, start: int, ahead: Tensor | None) -> Tensor:
+def _cross_entropy(
+    model: CodiModel, last: Tensor, ids: Tensor, ids_mask: Tensor, start: int, ahead: Tensor | None
+) -> Tensor:
     """Mean cross-entropy (nats) of the tokens from `start` on.
 
-    `last` (batch, position, d_model) holds the states of `ids`; `ahead` (batch, d_model) the state just before them, needed
-    when start = 0.
+    `last` (batch, position, d_model) holds the states of `ids`; `ahead` (batch, d_model) the state just before them,
+    needed when start = 0.
     """
     if start == 0:
         assert ahead is not None, "the first token is predicted from the state before it"
@@ -202,9 +223,12 @@ class TeacherLoss(nn.Module):
         losses = {}
         rows = torch.arange(n_direct, len(batch), device=batch.verbal.device)
         part = start.select(rows) if n_direct else start
-        step = _tail(model, part.cache, part.attention_mask, part.next_position, batch.verbal[rows], batch.verbal_mask[rows])
+        step = _tail(
+            model, part.cache, part.attention_mask, part.next_position, batch.verbal[rows], batch.verbal_mask[rows]
+        )
         losses["teacher"] = _cross_entropy(
-            model, step.last, batch.verbal[rows], batch.verbal_mask[rows], batch.verbal_start, part.state)
+            model, step.last, batch.verbal[rows], batch.verbal_mask[rows], batch.verbal_start, part.state
+        )
         losses["total"] = losses["teacher"]
         if n_direct:
             losses["direct"] = _direct(model, start, batch, n_direct)
@@ -230,6 +254,8 @@ class DistillationLoss(nn.Module):
         n_latents: latents between question and answer, 1 or more.
         kd_weight: f (published: 20 for Llama, 1 for GPT-2).
         teacher_weight: g (published: 1).
+        teacher_fraction: share of the problems in each batch (the first) whose written chain the teacher term sees,
+            0..1; the distillation target is computed for all of them. Below 1 the term is an unbiased estimate at less cost.
         direct_weight: d, of the direct answers (0 in the original family).
         direct_fraction: share of the problems in each batch that the direct term sees, 0..1.
         merged: compute with merged weights (see `MergedLora`).
@@ -239,15 +265,26 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(
-        self, model: CodiModel, n_latents: int = 6, kd_weight: float = 20.0, teacher_weight: float = 1.0,
-        direct_weight: float = 1.0, direct_fraction: float = 0.1, merged: bool = True,
+        self,
+        model: CodiModel,
+        n_latents: int = 6,
+        kd_weight: float = 20.0,
+        teacher_weight: float = 1.0,
+        teacher_fraction: float = 1.0,
+        direct_weight: float = 1.0,
+        direct_fraction: float = 0.1,
+        merged: bool = True,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if n_latents < 1:
             raise ValueError(f"n_latents must be at least 1, got {n_latents}")
-        if not 0 <= direct_fraction <= 1:
-            raise ValueError(f"direct_fraction must be in 0..1, got {direct_fraction}")
+        if not 0 <= direct_fraction <= 1 or not 0 < teacher_fraction <= 1:
+            raise ValueError(
+                "direct_fraction must be in 0..1 and teacher_fraction in 0..1 (0 excluded), "
+                f"got {direct_fraction} and {teacher_fraction}"
+            )
+        self.teacher_fraction = teacher_fraction
         self.model = model
         self.base, self.prj = model.base, model.prj
         self.n_latents = n_latents
@@ -264,15 +301,28 @@ class DistillationLoss(nn.Module):
         everything = torch.arange(n, device=batch.verbal.device)
         start = prefill(model, batch.prefix, keep=())
 
-        step = _tail(model, start.cache, start.attention_mask, start.next_position, batch.verbal, batch.verbal_mask, True)
-        teacher = _cross_entropy(model, step.last, batch.verbal, batch.verbal_mask, batch.verbal_start, start.state)
-        target = step.hidden_states[everything, batch.verbal_read].detach().float()  # (batch, layer, d_model)
+        # The teacher: all problems give a target, the first of them a loss too.
+        n_taught = max(1, round(self.teacher_fraction * n))
+        rows = everything[:n_taught]
+        last, target = self._teacher(start, batch, rows)
+        teacher = _cross_entropy(
+            model, last, batch.verbal[rows], batch.verbal_mask[rows], batch.verbal_start, start.state[rows]
+        )
+        if n_taught < n:
+            with torch.no_grad():
+                target = torch.cat((target, self._teacher(start, batch, everything[n_taught:])[1]))
 
         before = _after_prefix(model, start, batch.latent)
         run = rollout(model, before, self.n_latents, keep=("cache",))
         step = _tail(
-            model, run.past_key_values, run.attention_mask, run.first_position + self.n_latents, batch.answer,
-            batch.answer_mask, True)
+            model,
+            run.past_key_values,
+            run.attention_mask,
+            run.first_position + self.n_latents,
+            batch.answer,
+            batch.answer_mask,
+            True,
+        )
         student = _cross_entropy(model, step.last, batch.answer, batch.answer_mask, batch.answer_start, None)
         learnt = step.hidden_states[everything, batch.answer_read].float()
         distance = F.smooth_l1_loss(learnt, target, reduction="none").mean(dim=(0, 2))
@@ -286,9 +336,26 @@ class DistillationLoss(nn.Module):
             total = total + self.direct_weight * losses["direct"]
         return {**losses, "total": total}
 
+    def _teacher(self, start: Any, batch: TrainingBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Last states (row, position, d_model) along the written chain, and the states to be matched, without gradient,
+        (row, layer, d_model)."""
+        part = start if len(rows) == len(batch) else start.select(rows)
+        step = _tail(
+            self.model,
+            part.cache,
+            part.attention_mask,
+            part.next_position,
+            batch.verbal[rows],
+            batch.verbal_mask[rows],
+            True,
+        )
+        read = step.hidden_states[torch.arange(len(rows), device=rows.device), batch.verbal_read[rows]]
+        return step.last, read.detach().float()
+
 
 def _after_prefix(model: CodiModel, start: Any, tokens: Tensor) -> Any:
-    """The prefill that results when the protocol's remaining tokens (ending with begin of thought) follow the prefix."""
+    """The prefill that results when the protocol's remaining tokens (ending with begin of thought) follow the
+    prefix."""
     if not len(tokens):
         return start
     n = len(start)
@@ -298,15 +365,21 @@ def _after_prefix(model: CodiModel, start: Any, tokens: Tensor) -> Any:
     positions = start.next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)
     step = feed(model, model.embed(ids), cache, mask, positions)
     return type(start)(
-        state=step.last[:, -1], cache=cache, attention_mask=mask, prompt_lengths=start.prompt_lengths + ids.shape[1],
-        next_position=start.next_position + ids.shape[1], bot_hidden_states=None, prompt_hidden_states=None)
+        state=step.last[:, -1],
+        cache=cache,
+        attention_mask=mask,
+        prompt_lengths=start.prompt_lengths + ids.shape[1],
+        next_position=start.next_position + ids.shape[1],
+        bot_hidden_states=None,
+        prompt_hidden_states=None,
+    )
 
 
 class MergedLora:
     """Compute LoRA layers with their merged weight, W + scale · B A, formed once per training step.
 
-    Same function and same gradients as the two-branch form; for small models, whose rank is not small beside d_model, half the
-    arithmetic. Gradients reach A and B through the product. Without effect on what is saved.
+    Same function and same gradients as the two-branch form; for small models, whose rank is not small beside d_model,
+    half the arithmetic. Gradients reach A and B through the product. Without effect on what is saved.
 
     Args:
         base: model with LoRA layers.
@@ -328,8 +401,9 @@ class MergedLora:
             for layer in self.layers:
                 weight = layer.base_layer.weight
                 delta = layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
-                layer.forward.weight = (weight + (delta.T if delta.shape != weight.shape or _transposed(layer) else delta)).to(
-                    self.dtype)
+                layer.forward.weight = (
+                    weight + (delta.T if delta.shape != weight.shape or _transposed(layer) else delta)
+                ).to(self.dtype)
 
     def remove(self) -> None:
         """Give every layer its own forward back."""

@@ -4,10 +4,10 @@
     codi train --out runs/llama --init meta-llama/Llama-3.2-1B-Instruct --data zen-E/GSM8k-Aug --preset llama-1b
     accelerate launch --num_processes 8 -m experiments.train …   # the same on several GPUs
 
-From scratch (no --init) a base model learns to write its chain of thought first (stage "teacher"); then LoRA weights and the
-projection are distilled (stage "distillation", codi/training.py). Batches are a pure function of seed and step, so an
-interrupted run goes on where it was: the same command continues. The run folder holds config.json, log.csv (every loss term of
-every step), state files, and at the end `checkpoint/`, which load_codi reads.
+From scratch (no --init) a base model learns to write its chain of thought first (stage "teacher"); then LoRA weights
+and the projection are distilled (stage "distillation", codi/training.py). Batches are a pure function of seed and step,
+so an interrupted run goes on where it was: the same command continues. The run folder holds config.json, log.csv (every loss
+term of every step), state files, and at the end `checkpoint/`, which load_codi reads.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from codi import UserError
+from codi.cache import GROUPED_ATTENTION
 from codi.checkpoint import add_lora, reference_state, save_checkpoint
 from codi.model import CodiModel, Projection
 from codi.protocol import answer_only, original
 from codi.tokenizer import CODI_SPECIAL_TOKENS, build_tokenizer
 from codi.training import DistillationLoss, TeacherLoss, collate, cosine_schedule
-from experiments.tasks import is_correct, load_task
-from experiments.tasks import arithmetic, templates
+from experiments.tasks import arithmetic, is_correct, load_task, templates
 from experiments.tasks.problem import Problem
 
 __all__ = ["Config", "main"]
@@ -43,10 +43,38 @@ __all__ = ["Config", "main"]
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     # Shen et al. 2025, section 4 and the published training scripts
-    "llama-1b": dict(lora_r=128, lora_alpha=32, prj_dim=2048, lr=8e-4, weight_decay=0.1, clip=2.0, epochs=10, batch_size=128,
-                     micro_batch=16, kd_weight=20.0, direct_fraction=0.0, merged=False, teacher_steps=0),
-    "gpt2": dict(lora_r=128, lora_alpha=32, prj_dim=768, lr=3e-3, weight_decay=0.1, clip=2.0, epochs=40, batch_size=128,
-                 micro_batch=32, kd_weight=1.0, direct_fraction=0.0, merged=False, teacher_steps=0),
+    "llama-1b": dict(
+        lora_r=128,
+        lora_alpha=32,
+        prj_dim=2048,
+        lr=8e-4,
+        weight_decay=0.1,
+        clip=2.0,
+        epochs=10,
+        batch_size=128,
+        micro_batch=16,
+        kd_weight=20.0,
+        teacher_fraction=1.0,
+        direct_fraction=0.0,
+        merged=False,
+        teacher_steps=0,
+    ),
+    "gpt2": dict(
+        lora_r=128,
+        lora_alpha=32,
+        prj_dim=768,
+        lr=3e-3,
+        weight_decay=0.1,
+        clip=2.0,
+        epochs=40,
+        batch_size=128,
+        micro_batch=32,
+        kd_weight=1.0,
+        teacher_fraction=1.0,
+        direct_fraction=0.0,
+        merged=False,
+        teacher_steps=0,
+    ),
 }
 
 
@@ -57,7 +85,8 @@ class Config:
     out: str = "runs/train"
     """Run folder; the same command continues an interrupted run in it."""
     preset: Literal["tiny", "llama-1b", "gpt2"] = "tiny"
-    """Published settings for a base model (rank, rates, weights, epochs); they replace the defaults below where an option is
+    """Published settings for a base model (rank, rates, weights, epochs); they replace the defaults below where an
+    option is
     left at its default. "tiny" is the recipe of checkpoints/tiny."""
     init: str = ""
     """Base model: folder or hub id; empty: a small Llama from scratch."""
@@ -81,13 +110,13 @@ class Config:
     d_ffn: int = 512
     """From scratch: width of the MLP."""
 
-    teacher_steps: int = 1000
+    teacher_steps: int = 800
     """Steps of the teacher stage (0: none)."""
     teacher_lr: float = 2e-3
     """Highest learning rate of the teacher stage."""
     teacher_weight_decay: float = 0.05
     """Weight decay of the teacher stage."""
-    steps: int = 3200
+    steps: int = 3600
     """Steps of the distillation stage; with a finite data set use --epochs."""
     epochs: float = 0.0
     """Passes over a finite data set; 0: --steps counts."""
@@ -99,7 +128,7 @@ class Config:
     """Largest gradient norm."""
     batch_size: int = 128
     """Problems per optimiser step, over all processes."""
-    micro_batch: int = 128
+    micro_batch: int = 64
     """Problems computed at once by a process."""
     lora_r: int = 64
     """LoRA rank."""
@@ -111,6 +140,8 @@ class Config:
     """f: weight of the distillation term."""
     teacher_weight: float = 1.0
     """g: weight of the teacher term."""
+    teacher_fraction: float = 0.5
+    """Share of the problems whose written chain enters the teacher term (all give a distillation target)."""
     direct_weight: float = 0.2
     """Weight of the direct-answer term."""
     direct_fraction: float = 0.06
@@ -156,7 +187,9 @@ def _resolved(config: Config) -> Config:
     changes = {k: v for k, v in PRESETS[config.preset].items() if getattr(config, k) == getattr(default, k)}
     config = replace(config, **changes)
     if config.batch_size % config.micro_batch:
-        raise UserError(f"batch-size must be a multiple of micro-batch, got {config.batch_size} and {config.micro_batch}")
+        raise UserError(
+            f"batch-size must be a multiple of micro-batch, got {config.batch_size} and {config.micro_batch}"
+        )
     if config.init and config.preset == "tiny" and config.teacher_steps and config.data != "arithmetic":
         config = replace(config, teacher_steps=0)
     if not config.init and not config.teacher_steps:
@@ -167,34 +200,48 @@ def _resolved(config: Config) -> Config:
 # --- Model ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(config: Config, attention: str) -> tuple[CodiModel, Any]:
-    """The model before any training, and the untouched base (None from scratch: it is cut out of the trained teacher)."""
+def build_model(config: Config, attention: str) -> tuple[CodiModel, int, Any]:
+    """The model before any training, the size of the base vocabulary (the CODI tokens follow), the base tokenizer."""
+    tokenizer: Any
+    base: Any
     if config.init:
         tokenizer = AutoTokenizer.from_pretrained(config.init)
         base = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32, attn_implementation=attention)
-        vocabulary = base.get_input_embeddings().weight.shape[0]
-        base.resize_token_embeddings(max(vocabulary, len(tokenizer)) + len(CODI_SPECIAL_TOKENS), mean_resizing=False)
+        vocabulary = max(int(base.get_input_embeddings().weight.shape[0]), len(tokenizer))
+        base.resize_token_embeddings(vocabulary + len(CODI_SPECIAL_TOKENS), mean_resizing=False)
     else:
         chains = [">><<a", "a>>", "<<a"] * 500
         sentences = arithmetic.corpus_sentences() + templates.corpus_sentences()
         tokenizer = build_tokenizer([s for line in sentences for s in (line, line[1:])] + chains)
         vocabulary = len(tokenizer)
-        base = LlamaForCausalLM(LlamaConfig(
-            vocab_size=vocabulary + len(CODI_SPECIAL_TOKENS), hidden_size=config.d_model, intermediate_size=config.d_ffn,
-            num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-            max_position_embeddings=1024, tie_word_embeddings=True, attn_implementation=attention,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+        base = LlamaForCausalLM(
+            LlamaConfig(  # type: ignore[call-arg]  # attn_implementation is taken by the parent class
+                vocab_size=vocabulary + len(CODI_SPECIAL_TOKENS),
+                hidden_size=config.d_model,
+                intermediate_size=config.d_ffn,
+                num_hidden_layers=config.n_layers,
+                num_attention_heads=config.n_heads,
+                num_key_value_heads=config.n_kv_heads,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+                attn_implementation=attention,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    base_tokenizer = copy.deepcopy(tokenizer)
     if config.protocol == "answer-only":
         pad, bot, eot = CODI_SPECIAL_TOKENS
         tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": [bot, eot]})
-        protocol = answer_only(*tokenizer.convert_tokens_to_ids([pad, bot, eot]), eos_id=tokenizer.eos_token_id)
+        ids = tokenizer.convert_tokens_to_ids([pad, bot, eot])
+        protocol = answer_only(ids[0], ids[1], ids[2], tokenizer.eos_token_id)
         if not config.init:
             protocol = replace(protocol, question_suffix="")
     else:
         protocol = original(vocabulary, tokenizer.eos_token_id, with_eos=config.protocol == "original-eos")
     tokenizer.padding_side = "left"
     prj = Projection(base.config.hidden_size, config.prj_dim)
-    return CodiModel(base, prj, tokenizer, protocol, n_latents=config.n_latents), vocabulary
+    return CodiModel(base, prj, tokenizer, protocol, n_latents=config.n_latents), vocabulary, base_tokenizer
 
 
 def _frozen_base(model: CodiModel, vocabulary: int) -> Any:
@@ -210,7 +257,9 @@ def _frozen_base(model: CodiModel, vocabulary: int) -> Any:
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
-def problems_of_step(config: Config, data: Sequence[Problem] | None, stage: str, step: int, n_steps: int) -> list[Problem]:
+def problems_of_step(
+    config: Config, data: Sequence[Problem] | None, stage: str, step: int, n_steps: int
+) -> list[Problem]:
     """The batch of one step: a pure function of its arguments."""
     if data is None:
         share = min(1.0, step / max(1, n_steps // 2))
@@ -237,8 +286,17 @@ def micro_batches(problems: Sequence[Problem], config: Config, rank: int, n_rank
 
 
 def run_stage(
-    stage: str, loss: nn.Module, model: CodiModel, config: Config, n_steps: int, lr: float, weight_decay: float,
-    betas: tuple[float, float], data: Sequence[Problem] | None, held_out: Sequence[Problem], accelerator: Accelerator,
+    stage: str,
+    loss: nn.Module,
+    model: CodiModel,
+    config: Config,
+    n_steps: int,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    data: Sequence[Problem] | None,
+    held_out: Sequence[Problem],
+    accelerator: Accelerator,
 ) -> None:
     """Optimise the trainable weights of `loss` for n_steps, from the last state file on."""
     folder = Path(config.out)
@@ -256,8 +314,15 @@ def run_stage(
     if first >= n_steps:
         return
     wrapped, optimizer = accelerator.prepare(loss, optimizer)
-    progress = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=stage, unit="step", mininterval=5,
-                    disable=not accelerator.is_main_process)
+    progress = tqdm(
+        range(first, n_steps),
+        initial=first,
+        total=n_steps,
+        desc=stage,
+        unit="step",
+        mininterval=5,
+        disable=not accelerator.is_main_process,
+    )
     log = _Log(folder / "log.csv") if accelerator.is_main_process else None
     shares = config.batch_size // config.micro_batch
     for step in progress:
@@ -285,8 +350,14 @@ def run_stage(
         if accelerator.is_main_process and (last or (step + 1) % config.save_every == 0):
             raw = getattr(optimizer, "optimizer", optimizer)
             partial = state_file.with_suffix(".tmp")
-            torch.save({"step": step + 1, "weights": {k: v.detach().cpu() for k, v in weights.items()},
-                        "optimizer": raw.state_dict()}, partial)
+            torch.save(
+                {
+                    "step": step + 1,
+                    "weights": {k: v.detach().cpu() for k, v in weights.items()},
+                    "optimizer": raw.state_dict(),
+                },
+                partial,
+            )
             partial.replace(state_file)
         if accelerator.is_main_process and config.eval_every and (last or (step + 1) % config.eval_every == 0):
             if isinstance(loss, DistillationLoss) and loss.lora is not None:
@@ -297,12 +368,12 @@ def run_stage(
 
 def _accuracies(model: CodiModel, held_out: Sequence[Problem], stage: str) -> str:
     """Accuracies on held-out problems, in words."""
-    modes = [("written chain", dict(mode="verbal")), ("direct", dict(mode="direct"))]
+    modes: list[tuple[str, dict[str, Any]]] = [("written chain", {"mode": "verbal"}), ("direct", {"mode": "direct"})]
     if stage == "distillation":
-        modes += [(f"{n} latents", dict(mode="latent", n_latents=n)) for n in (0, 3, model.n_latents)]
+        modes += [(f"{n} latents", {"mode": "latent", "n_latents": n}) for n in (0, 3, model.n_latents)]
     words = []
     for name, options in modes:
-        texts = model.answer([p.question for p in held_out], **options)  # type: ignore[arg-type]
+        texts = model.answer([p.question for p in held_out], **options)
         right = sum(is_correct(text, p.answer) for text, p in zip(texts, held_out, strict=True))
         words.append(f"{name} {right / len(held_out):.3f}")
     return ", ".join(words) + f" (n = {len(held_out)})"
@@ -332,13 +403,17 @@ def main(config: Config) -> None:
     config = _resolved(config)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in asdict(config).items() if k not in ("threads", "save_every", "eval_every", "eval_problems")}
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("threads", "save_every", "eval_every", "eval_problems")
+    }
     settings = json.loads(json.dumps(settings))
     config_file = folder / "config.json"
     if config_file.exists() and json.loads(config_file.read_text()) != settings:
         before = json.loads(config_file.read_text())
         changed = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
-        raise UserError(f"{folder} holds a training run with other options ({'; '.join(changed)}); choose another --out")
+        raise UserError(
+            f"{folder} holds a training run with other options ({'; '.join(changed)}); choose another --out"
+        )
     config_file.write_text(json.dumps(settings, indent=2) + "\n")
 
     if config.threads:
@@ -346,32 +421,78 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
-    model, vocabulary = build_model(config, "eager" if cpu else "sdpa")  # sdpa's masked backward is slow on CPUs
+    model, vocabulary, base_tokenizer = build_model(
+        config, GROUPED_ATTENTION if cpu else "sdpa"
+    )  # sdpa's masked backward is slow on CPUs
     model.base.to(accelerator.device)
     model.prj.to(accelerator.device)
 
     data, held_out, n_steps = _data(config, model)
     if config.teacher_steps:
         loss: nn.Module = TeacherLoss(model, config.direct_fraction)
-        run_stage("teacher", loss, model, config, config.teacher_steps, config.teacher_lr, config.teacher_weight_decay,
-                  (0.9, 0.95), data, held_out, accelerator)
-    base: Any = config.init if config.init and not config.teacher_steps else _frozen_base(model, vocabulary)
+        run_stage(
+            "teacher",
+            loss,
+            model,
+            config,
+            config.teacher_steps,
+            config.teacher_lr,
+            config.teacher_weight_decay,
+            (0.9, 0.95),
+            data,
+            held_out,
+            accelerator,
+        )
+    base: Any
+    if config.init and not config.teacher_steps:
+        base = str(Path(config.init).resolve()) if Path(config.init).is_dir() else config.init
+    else:
+        base = _frozen_base(model, vocabulary)
 
     add_lora(model.base, config.lora_r, config.lora_alpha)
     model.base.to(accelerator.device)
     compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    loss = DistillationLoss(model, config.n_latents, config.kd_weight, config.teacher_weight, config.direct_weight,
-                            config.direct_fraction, config.merged, compute)
-    run_stage("distillation", loss, model, config, n_steps, config.lr, config.weight_decay, (0.9, 0.999), data, held_out,
-              accelerator)
+    loss = DistillationLoss(
+        model,
+        config.n_latents,
+        config.kd_weight,
+        config.teacher_weight,
+        config.teacher_fraction,
+        config.direct_weight,
+        config.direct_fraction,
+        config.merged,
+        compute,
+    )
+    run_stage(
+        "distillation",
+        loss,
+        model,
+        config,
+        n_steps,
+        config.lr,
+        config.weight_decay,
+        (0.9, 0.999),
+        data,
+        held_out,
+        accelerator,
+    )
     if accelerator.is_main_process:
         state = reference_state(model)
         if not isinstance(base, str):  # rounded base weights lose nothing in bfloat16
             state = {k: v if ".lora_" in k or k.startswith("prj.") else v.to(torch.bfloat16) for k, v in state.items()}
         target = save_checkpoint(
-            folder / "checkpoint", state, base, model.tokenizer, model.protocol, lora_r=config.lora_r,
-            lora_alpha=config.lora_alpha, n_latents=config.n_latents, prj_dim=config.prj_dim,
-            extra={"training": settings})
+            folder / "checkpoint",
+            state,
+            base,
+            model.tokenizer,
+            model.protocol,
+            lora_r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            n_latents=config.n_latents,
+            prj_dim=config.prj_dim,
+            extra={"training": {k: v for k, v in settings.items() if k != "out"}},
+            base_tokenizer=base_tokenizer,
+        )
         print(f"checkpoint written to {target}")
 
 
@@ -379,11 +500,16 @@ def _data(config: Config, model: CodiModel) -> tuple[list[Problem] | None, list[
     """Training problems (None: the endless generator), held-out problems and the number of distillation steps."""
     if config.data == "arithmetic":
         return None, arithmetic.generate(config.eval_problems, seed=1, split="test", min_steps=3), config.steps
-    problems = [p for p in load_task(config.data, split="train", seed=config.seed, suffix=model.protocol.question_suffix)
-                if p.steps]
+    problems = [
+        p
+        for p in load_task(config.data, split="train", seed=config.seed, suffix=model.protocol.question_suffix)
+        if p.steps
+    ]
     if len(problems) <= config.eval_problems + config.batch_size:
-        raise UserError(f"{config.data} has {len(problems)} problems with written chains, "
-                        f"{config.eval_problems + config.batch_size + 1} are needed (see --eval-problems, --batch-size)")
+        raise UserError(
+            f"{config.data} has {len(problems)} problems with written chains, "
+            f"{config.eval_problems + config.batch_size + 1} are needed (see --eval-problems, --batch-size)"
+        )
     random.Random(config.seed).shuffle(problems)
     held_out, problems = problems[: config.eval_problems], problems[config.eval_problems :]
     n_steps = round(config.epochs * (len(problems) // config.batch_size)) if config.epochs else config.steps

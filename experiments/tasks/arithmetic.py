@@ -1,7 +1,7 @@
 """Seeded generator of arithmetic word problems with their equations as a written chain of thought.
 
-A problem follows one quantity through a story: it starts at a number and every clause adds, takes away, multiplies or makes
-"each one bring k others" (two equations: the product, then the sum). Values stay whole and within 1..MAX_VALUE.
+A problem follows one quantity through a story: it starts at a number and every clause adds, takes away, multiplies or
+makes "each one bring k others" (two equations: the product, then the sum). Values stay whole and within 1..MAX_VALUE.
 Number combinations are split once and for all by a hash of the operations and numbers, so a problem of the test split
 never shares its number combination with a problem of the training split, whatever the seeds.
 
@@ -98,10 +98,13 @@ def split_of(operations: Sequence[str], numbers: Sequence[int]) -> str:
 
 
 def _draw(rng: random.Random, n_steps: int) -> tuple[list[str], list[int], list[str], list[int]]:
-    """Operations, numbers, equations and values of one story with exactly `n_steps` equations (may fail: empty lists)."""
+    """Operations, numbers, equations and values of one story with exactly `n_steps` equations (may fail: empty
+    lists)."""
     value = rng.randint(2, 15)
     operations: list[str] = []
-    numbers, steps, values = [value], [], []
+    numbers = [value]
+    steps: list[str] = []
+    values: list[int] = []
     while len(steps) < n_steps:
         left = n_steps - len(steps)
         allowed = ["add"] * 3
@@ -138,8 +141,13 @@ def _tell(rng: random.Random, operations: Sequence[str], numbers: Sequence[int])
     """Question text and the name of its scene."""
     scene = rng.randrange(len(_SCENES))
     place, items, item = _SCENES[scene]
-    words = {"place": place, "Place": place[0].upper() + place[1:], "items": items, "item": item,
-             "name": rng.choice(_NAMES)}
+    words = {
+        "place": place,
+        "Place": place[0].upper() + place[1:],
+        "items": items,
+        "item": item,
+        "name": rng.choice(_NAMES),
+    }
     sentences = [rng.choice(_START).format(x=numbers[0], **words)]
     for operation, operand in zip(operations, numbers[1:], strict=True):
         sentences.append(rng.choice(_CLAUSES[operation]).format(y=operand, **words))
@@ -148,7 +156,10 @@ def _tell(rng: random.Random, operations: Sequence[str], numbers: Sequence[int])
 
 
 def stream(
-    seed: int | str, split: str = "train", min_steps: int = 1, max_steps: int = MAX_STEPS,
+    seed: int | str,
+    split: str = "train",
+    min_steps: int = 1,
+    max_steps: int = MAX_STEPS,
     weights: Sequence[float] | None = None,
 ) -> Iterator[Problem]:
     """Endless seeded stream of problems of one split.
@@ -181,14 +192,22 @@ def stream(
             continue
         question, items = _tell(rng, operations, numbers)
         yield Problem(
-            prompt_id=f"arithmetic-{split}-{seed}-{index}", question=question, answer=values[-1], steps=tuple(steps),
-            cluster=",".join(operations) + ":" + ",".join(map(str, numbers)), template=items,
-            operation="+".join(operations), numbers=tuple(numbers), intermediates=tuple(values),
+            prompt_id=f"arithmetic-{split}-{seed}-{index}",
+            question=question,
+            answer=values[-1],
+            steps=tuple(steps),
+            cluster=",".join(operations) + ":" + ",".join(map(str, numbers)),
+            template=items,
+            operation="+".join(operations),
+            numbers=tuple(numbers),
+            intermediates=tuple(values),
         )
         index += 1
 
 
-def generate(n: int, seed: int = 0, split: str = "test", min_steps: int = 1, max_steps: int = MAX_STEPS) -> list[Problem]:
+def generate(
+    n: int, seed: int = 0, split: str = "test", min_steps: int = 1, max_steps: int = MAX_STEPS
+) -> list[Problem]:
     """The first `n` problems of `stream` with distinct number combinations.
 
     Args:
@@ -212,8 +231,10 @@ def generate(n: int, seed: int = 0, split: str = "test", min_steps: int = 1, max
         if len(problems) == n:
             return problems
         if tries > 200 * n + 10_000:
-            raise ValueError(f"only {len(problems)} distinct number combinations found for {min_steps}..{max_steps} "
-                             f"steps in split {split!r}; ask for fewer than {n}")
+            raise ValueError(
+                f"only {len(problems)} distinct number combinations found for {min_steps}..{max_steps} "
+                f"steps in split {split!r}; ask for fewer than {n}"
+            )
     raise AssertionError("an endless stream ended")
 
 
@@ -222,8 +243,15 @@ def corpus_sentences() -> list[str]:
     lines = []
     for place, items, item in _SCENES:
         for name in _NAMES:
-            words = {"place": place, "Place": place[0].upper() + place[1:], "items": items, "item": item, "name": name,
-                     "x": "", "y": ""}
+            words = {
+                "place": place,
+                "Place": place[0].upper() + place[1:],
+                "items": items,
+                "item": item,
+                "name": name,
+                "x": "",
+                "y": "",
+            }
             for group in (_START, *_CLAUSES.values(), _QUESTION):
                 lines += [" " + sentence.format(**words) for sentence in group]
     return lines

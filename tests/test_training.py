@@ -1,0 +1,209 @@
+"""The CODI loss and its parts: against term-by-term recomputation, peft's own forward, and padding."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from codi import CodiModel
+from codi.checkpoint import add_lora, load_codi, reference_state, save_checkpoint
+from codi.training import DistillationLoss, MergedLora, TeacherLoss, collate, cosine_schedule
+
+
+@dataclass(frozen=True)
+class Text:
+    question: str
+    chain: str
+    answer_text: str
+
+
+PROBLEMS = [
+    Text("3+4, then 2 more?", "<<3+4=7>><<7+2=9>>", "9"),
+    Text("9-2?", "<<9-2=7>>", "7"),
+    Text("2*6 and again 5*3 in all?", "<<2*6=12>><<12+15=27>>", "27"),
+]
+
+
+@pytest.fixture
+def trainable(tiny_model: Callable[..., CodiModel]) -> Callable[..., CodiModel]:
+    """A private copy of a tiny model with fresh LoRA layers whose B is not zero."""
+
+    def make(kind: str = "llama", family: str = "answer-only") -> CodiModel:
+        model = copy.deepcopy(tiny_model(kind, family))
+        add_lora(model.base, r=3, alpha=6)
+        torch.manual_seed(3)
+        for name, parameter in model.base.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.2)
+        return model
+
+    return make
+
+
+def manual_losses(model: CodiModel, problem: Text, n_latents: int) -> dict[str, Any]:
+    """One problem, nothing shared, no cache: every term from full forward passes over embeddings."""
+    p, tok = model.protocol, model.tokenizer
+    question = tok(problem.question)["input_ids"]
+    chain = tok(problem.chain, add_special_tokens=False)["input_ids"]
+    answer = tok(problem.answer_text, add_special_tokens=False)["input_ids"] + [p.eos_id]
+    number = p.answer_style == "number"
+    lead = 0
+    if not number:
+        words = problem.answer_text.rpartition(":")[0] + ":"
+        lead = len(tok(words, add_special_tokens=False)["input_ids"])
+
+    def run(embeddings: torch.Tensor) -> Any:
+        return model.base(inputs_embeds=embeddings[None], output_hidden_states=True, use_cache=False)
+
+    def ce(logits: torch.Tensor, start: int, targets: list[int]) -> float:
+        rows = logits[0, start - 1 : start - 1 + len(targets)]
+        return float(F.cross_entropy(rows.float(), torch.tensor(targets)))
+
+    with torch.no_grad():
+        embed = model.base.get_input_embeddings()
+        ids = question + list(p.before_verbal)
+        full = ids + chain + ([p.eot_id] if number else []) + answer
+        out = run(embed(torch.tensor(full)))
+        teacher = ce(out.logits, len(ids), full[len(ids) :])
+        at = len(full) - len(answer) - 1 + lead
+        target = torch.stack([h[0, at] for h in out.hidden_states])
+
+        x = embed(torch.tensor(question + list(p.before_latents)))
+        for _ in range(n_latents):
+            h = run(x).hidden_states[-1][0, -1]
+            x = torch.cat((x, model.prj(h)[None]))
+        prompt = len(x) + len(p.after_latents)
+        x = torch.cat((x, embed(torch.tensor(list(p.after_latents) + answer))))
+        out = run(x)
+        student = ce(out.logits, prompt, answer)
+        learnt = torch.stack([h[0, prompt - 1 + lead] for h in out.hidden_states])
+
+        ids = question + list(p.before_direct)
+        direct = ce(run(embed(torch.tensor(ids + answer))).logits, len(ids), answer)
+    return {"teacher": teacher, "student": student, "direct": direct, "learnt": learnt, "target": target}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [("llama", "answer-only"), ("gpt2", "original"), ("qwen2", "original-eos")]
+)
+def test_loss_terms_against_full_recomputation(
+    trainable: Callable[..., CodiModel], kind: str, family: str
+) -> None:
+    model = trainable(kind, family)
+    problem = PROBLEMS[0]
+    if family != "answer-only":
+        problem = Text(problem.question, problem.chain, f"The answer is: {problem.answer_text}")
+    loss = DistillationLoss(model, n_latents=3, kd_weight=2.0, direct_fraction=1.0, direct_weight=0.5, merged=False)
+    got = loss(collate([problem], model))
+    want = manual_losses(model, problem, 3)
+    for term in ("teacher", "student", "direct"):
+        assert float(got[term]) == pytest.approx(want[term], rel=2e-4), term
+    learnt, target = want["learnt"], want["target"]
+    per_layer = [
+        float(F.smooth_l1_loss(s, t)) / float(t.std()) for s, t in zip(learnt, target, strict=True)
+    ]
+    assert float(got["distillation"]) == pytest.approx(sum(per_layer) / len(per_layer), rel=2e-3)
+    total = want["student"] + 2 * float(got["distillation"]) + want["teacher"] + 0.5 * want["direct"]
+    assert float(got["total"]) == pytest.approx(total, rel=2e-4)
+
+
+def test_a_batch_is_the_token_weighted_mean_of_its_problems(trainable: Callable[..., CodiModel]) -> None:
+    model = trainable()
+    loss = DistillationLoss(model, n_latents=2, merged=False)
+    together = loss(collate(PROBLEMS, model))
+    alone = [loss(collate([p], model)) for p in PROBLEMS]
+    lengths = [len(model.tokenizer(p.answer_text, add_special_tokens=False)["input_ids"]) + 1 for p in PROBLEMS]
+    mean = sum(float(a["student"]) * n for a, n in zip(alone, lengths, strict=True)) / sum(lengths)
+    assert float(together["student"]) == pytest.approx(mean, rel=1e-4)  # padding changes nothing
+    assert len({round(float(a["student"]), 3) for a in alone}) == 3  # and the problems do differ
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merged_lora_has_the_same_values_and_gradients(trainable: Callable[..., CodiModel], kind: str) -> None:
+    model = trainable(kind, "original")
+    batch = collate(PROBLEMS, model)
+    grads = {}
+    for merged in (False, True):
+        loss = DistillationLoss(model, n_latents=2, merged=merged)
+        loss.zero_grad()
+        value = loss(batch)["total"]
+        value.backward()
+        grads[merged] = (float(value), {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None})
+        if loss.lora is not None:
+            loss.lora.remove()
+    assert grads[True][0] == pytest.approx(grads[False][0], rel=1e-5)
+    assert grads[True][1].keys() == grads[False][1].keys() != set()
+    for name, gradient in grads[False][1].items():
+        error = (grads[True][1][name] - gradient).norm() / gradient.norm().clamp_min(1e-6)
+        assert error < 1e-3, f"{name}: relative error {error:.1e}"
+
+
+def test_only_lora_and_projection_learn(trainable: Callable[..., CodiModel]) -> None:
+    model = trainable()
+    loss = DistillationLoss(model, n_latents=1)
+    names = {n for n, p in loss.named_parameters() if p.requires_grad}
+    assert names and all(".lora_" in n or n.startswith("prj.") for n in names)
+    before = {k: v.clone() for k, v in reference_state(model).items()}
+    optimizer = torch.optim.SGD([p for p in loss.parameters() if p.requires_grad], lr=0.1)
+    loss(collate(PROBLEMS, model))["total"].backward()
+    optimizer.step()
+    changed = {k for k, v in reference_state(model).items() if not torch.equal(v, before[k])}
+    assert changed and all(".lora_" in k or k.startswith("prj.") for k in changed)
+
+
+def test_part_of_the_problems_may_teach(trainable: Callable[..., CodiModel]) -> None:
+    model = trainable()
+    whole = DistillationLoss(model, n_latents=2, merged=False)(collate(PROBLEMS, model))
+    first = DistillationLoss(model, n_latents=2, merged=False, teacher_fraction=0.34)(collate(PROBLEMS, model))
+    alone = DistillationLoss(model, n_latents=2, merged=False)(collate(PROBLEMS[:1], model))
+    assert float(first["distillation"]) == pytest.approx(float(whole["distillation"]), rel=1e-5)
+    assert float(first["teacher"]) == pytest.approx(float(alone["teacher"]), rel=1e-4)
+    assert abs(float(first["teacher"]) - float(whole["teacher"])) > 1e-3
+
+
+def test_teacher_loss_mixes_chains_and_direct_answers(trainable: Callable[..., CodiModel]) -> None:
+    model = trainable()
+    want = [manual_losses(model, p, 1) for p in PROBLEMS]
+    got = TeacherLoss(model, direct_fraction=1 / 3)(collate(PROBLEMS, model))
+    assert float(got["direct"]) == pytest.approx(want[0]["direct"], rel=1e-4)
+    assert float(got["total"]) == pytest.approx(float(got["teacher"]) * 2 / 3 + float(got["direct"]) / 3, rel=1e-5)
+
+
+def test_a_trained_model_loads_and_answers_the_same(trainable: Callable[..., CodiModel], tmp_path: Any) -> None:
+    model = trainable()
+    base = copy.deepcopy(model.base)  # any base will do: the state holds every weight
+    folder = save_checkpoint(
+        tmp_path / "c", reference_state(model), base, model.tokenizer, model.protocol, 3, 6, n_latents=2
+    )
+    loaded = load_codi(folder)
+    questions = [p.question for p in PROBLEMS]
+    assert loaded.answer(questions, n_latents=2) == model.answer(questions, n_latents=2)
+    fresh = MergedLora(model.base)
+    assert loaded.answer(questions, n_latents=2) == model.answer(questions, n_latents=2)
+    fresh.remove()
+
+
+def test_schedule() -> None:
+    factors = [cosine_schedule(s, 100, warmup=0.1, floor=0.1) for s in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
+    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert factors[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)), abs=1e-6)
+
+
+def test_mistakes(trainable: Callable[..., CodiModel]) -> None:
+    model = trainable()
+    with pytest.raises(ValueError, match="at least one problem"):
+        collate([], model)
+    with pytest.raises(ValueError, match="n_latents must be at least 1"):
+        DistillationLoss(model, n_latents=0)
+    with pytest.raises(ValueError, match="direct_fraction"):
+        TeacherLoss(model, direct_fraction=1.0)
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        MergedLora(torch.nn.Linear(2, 2))
