@@ -65,9 +65,16 @@ def means(model, problems) -> dict[str, LatentMeans]:
 def trials(model, case, prompts, tmp_path_factory) -> pd.DataFrame:
     """The trial table of a legacy sweep over the golden coefficients."""
     config = SweepConfig(
-        prompts=prompts, out=tmp_path_factory.mktemp("run") / "legacy", limit=None, space=("kv", "embedding"),
-        timing=("early-exit",), coefficients=("-1", "0", "0.5", "1"), controls=("none",), legacy=True, part_prompts=5,
-    )  # fmt: skip
+        prompts=prompts,
+        out=tmp_path_factory.mktemp("run") / "legacy",
+        limit=None,
+        space=("kv", "embedding"),
+        timing=("early-exit",),
+        coefficients=("-1", "0", "0.5", "1"),
+        controls=("none",),
+        legacy=True,
+        part_prompts=5,
+    )
     return sweep(config, model).trials()
 
 
@@ -95,9 +102,12 @@ def test_sweep_gives_the_golden_argmax_grid(trials, case, problems, space):
         control = "direction" if coefficient else "none"
         rows = table[(table["control"] == control) & (table["coefficient"] == coefficient)]
         at = rows.set_index(["prompt_id", "latent", "source", "target"])["first_token"].to_dict()
-        ours = np.array([
-            [[at[(i, latent, *(pair if coefficient else (0, 0)))] for pair in pairs] for latent in range(1, 7)] for i in ids
-        ])  # fmt: skip
+        ours = np.array(
+            [
+                [[at[(i, latent, *(pair if coefficient else (0, 0)))] for pair in pairs] for latent in range(1, 7)]
+                for i in ids
+            ]
+        )
         wrong = np.argwhere(ours != golden.numpy())
         assert len(wrong) == 0, (
             f"{name} c={coefficient}: {len(wrong)} of {ours.size} tokens differ, first at {wrong[0]}"
@@ -114,16 +124,25 @@ def test_sweep_gives_the_golden_argmax_grid(trials, case, problems, space):
 def test_logits_are_those_of_the_scripts(model, means, case, problems, space, engine):
     name = {"kv": "kv_steer", "embedding": "embed_steer"}[space]
     options = GridOptions(
-        spaces=(space,), pairs=tuple((a, b) for a, b in case.expected["pairs"][:2]), coefficients=(-1.0, 0.5, 1.0),
-        controls=(), keys="raw", legacy=True,
-    )  # fmt: skip
+        spaces=(space,),
+        pairs=tuple((a, b) for a, b in case.expected["pairs"][:2]),
+        coefficients=(-1.0, 0.5, 1.0),
+        controls=(),
+        keys="raw",
+        legacy=True,
+    )
     table = edit_table(directions(options, space, means[space]))
     run = model.rollout(model.encode([problem.question for problem in problems[:2]]), 7)
     tried = [c for c in conditions(options, space, "both", "early-exit") if c.control == "direction"]
     answers = decode_branches(
-        model, run, table, branches([c.edit for c in tried], run, space), max_new_tokens=1, engine=engine,
+        model,
+        run,
+        table,
+        branches([c.edit for c in tried], run, space),
+        max_new_tokens=1,
+        engine=engine,
         keep_first_logits=True,
-    )  # fmt: skip
+    )
     logits = answers.first_logits.reshape(2, len(tried), -1)
     compared = 0
     for place, condition in enumerate(tried):
@@ -148,9 +167,16 @@ def test_sign_of_the_label(model, means):
 
 def test_manifest_says_what_was_done(model, prompts, tmp_path):
     config = SweepConfig(
-        prompts=prompts, out=tmp_path / "run", limit=None, space=("kv",), pairs=("1-2",), coefficients=("1",),
-        latents=("1",), controls=("none",), legacy=True,
-    )  # fmt: skip
+        prompts=prompts,
+        out=tmp_path / "run",
+        limit=None,
+        space=("kv",),
+        pairs=("1-2",),
+        coefficients=("1",),
+        latents=("1",),
+        controls=("none",),
+        legacy=True,
+    )
     sweep(config, model)
     identity = RunFolder(tmp_path / "run").manifest()["identity"]
     assert identity["max_new_tokens"] == 1
