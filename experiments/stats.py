@@ -672,7 +672,8 @@ def _family_cells(family: Family, settings: Settings) -> pd.DataFrame:
 
 
 def _draw_groups(family: Family, rows: np.ndarray, control: str) -> list[np.ndarray]:
-    """For each direction cell, the rows of its control draws: same pair, latent, |c| and the same prompts."""
+    """For each direction cell, the rows of its control draws: same pair (or draws pooled over pairs), latent, |c| and
+    the same prompts."""
     columns = ["source", "target", "latent", "n_latents"]
     draws = family.of(control)
     table = family.conditions
@@ -683,7 +684,9 @@ def _draw_groups(family: Family, rows: np.ndarray, control: str) -> list[np.ndar
     found = []
     keys = zip(*(table[column].to_numpy()[rows] for column in columns), strict=True)
     for row, key, size in zip(rows, keys, table["coefficient"].to_numpy()[rows], strict=True):
-        members = np.array(groups.get((*key, round(abs(float(size)), 9)), []), int)
+        size = round(abs(float(size)), 9)
+        shared = (0, 0, *key[2:], size)  # pooled draws belong to no pair: they serve those without own ones
+        members = np.array(groups.get((*key, size)) or groups.get(shared, []), int)
         found.append(members[family.prompts_key[members] == family.prompts_key[row]])
     return found
 

@@ -30,6 +30,7 @@ from experiments.grid import (
 )
 from experiments.runs import RunFolder
 from experiments.split import check_disjoint, load_split
+from experiments.stats import cell_statistics
 from experiments.sweep import SweepConfig, collect_means, make_plan, sweep
 from experiments.tasks import Problem, extract_answer, is_correct
 from steering.directions import difference, generator, random_direction
@@ -269,6 +270,8 @@ def test_pooled_draws(codi_model, tmp_path):
     ]
     mean = norms.mean().mean()  # over the two pairs
     np.testing.assert_allclose(draws[draws["coefficient"] == 1]["applied_norm"], mean, rtol=1e-4)
+    cells = cell_statistics(table)
+    assert (cells["random_draws"] == 2).all()  # every cell is compared with the pooled draws of its latent and |c|
 
 
 def test_layers_and_heads(codi_model, tmp_path):
