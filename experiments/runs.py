@@ -158,7 +158,9 @@ class RunFolder:
                 )
         elif self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file, not a folder")
-        elif self.path.exists() and any(entry.name not in (".lock", "trials") for entry in self.path.iterdir()):
+        elif self.path.exists() and any(
+            path.name not in (".lock", "trials") and path.suffix != ".partial" for path in self.path.rglob("*")
+        ):
             raise ValueError(f"{self.path} is not empty and not a run folder; choose another --out")
         self._try_to_write(lambda: (self.path / "trials").mkdir(parents=True, exist_ok=True))
         with self._lock():

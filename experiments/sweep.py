@@ -11,6 +11,7 @@ Runs as `codi sweep` or `python -m experiments.sweep`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -210,7 +211,7 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
 
     Args:
         config: options.
-        model: loaded; with `config.legacy` its protocol is set to exclude the last vocabulary id, as the scripts do.
+        model: loaded; not modified (with `config.legacy` the last vocabulary id is excluded, as the scripts do).
         say: called with lines for a person.
 
     Returns:
@@ -219,10 +220,11 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
     from steering.interventions import edit_table
 
     if config.legacy:
+        model = copy.copy(model)  # the caller's model stays as it is
         model.protocol = dataclasses.replace(model.protocol, excluded_logits=(model.vocab_size - 1,))
     plan = make_plan(config, model)
     folder = RunFolder(config.out)
-    with folder.open(plan.identity(), plan.record()) as known:
+    with folder.open(plan.identity(), {"config": _plain(config), **plan.record()}) as known:
         began = time.time()
         say(plan.announcement(known))
         missing = [job for job in plan.jobs() if not folder.has_part(job.name, job.rows)]
@@ -448,7 +450,7 @@ def make_plan(config: SweepConfig, model: CodiModel) -> Plan:
     return Plan(
         options=options,
         split=split,
-        task=Path(task).name if config.prompts is not None else task,
+        task=Path(task).name if Path(task).is_file() else task,
         model_name=config.model,
         checkpoint_hash=model.checkpoint_hash,
         protocol=dataclasses.asdict(model.protocol),
@@ -643,6 +645,13 @@ def _judged(texts: Sequence[str], problems: Sequence[Problem]) -> dict[str, np.n
 # --- For a person -----------------------------------------------------------------------------------------------------
 
 
+def _plain(config: SweepConfig) -> dict[str, Any]:
+    """The options as given, for the manifest."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
 def _bar() -> dict[str, Any]:
     """Progress on stderr: rate and time left; rarely where nobody watches."""
     return {"desc": "sweep", "smoothing": 0.05, "mininterval": 0.5 if sys.stderr.isatty() else 15.0, "file": sys.stderr}
@@ -652,13 +661,14 @@ def _when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _peak_memory(model: CodiModel) -> dict[str, float]:
+def _peak_memory(model: CodiModel) -> dict[str, float | str]:
     """Largest memory so far in GB: of the process, and of the GPU where there is one."""
     import torch
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"peak_memory_gb": round(peak / 1e9, 3)}
+    found: dict[str, float | str] = {"peak_memory_gb": round(peak / 1e9, 3)}
     if model.device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(model.device)
         found["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(model.device) / 1e9, 3)
     return found
 

@@ -150,6 +150,15 @@ def test_folders_that_are_no_run_folders(folder, tmp_path):
     with pytest.raises(ValueError, match="not empty and not a run folder"), folder.open(IDENTITY, {}):
         pass
     assert (folder.path / "thesis.tex").read_text() == "…"
+    orphaned = RunFolder(tmp_path / "orphaned")  # parts without the manifest that says whose they are
+    with orphaned.open(IDENTITY, {}):
+        orphaned.write_part("x", rows(3))
+    orphaned.manifest_path.unlink()
+    with pytest.raises(ValueError, match="not empty and not a run folder"), orphaned.open(IDENTITY, {}):
+        pass
+    orphaned.part_path("x").rename(orphaned.path / "manifest.json.77.partial")  # killed while writing the manifest
+    with orphaned.open(IDENTITY, {}) as known:
+        assert not known and not list(orphaned.path.rglob("*.partial"))
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ValueError, match="is a file"), RunFolder(file).open(IDENTITY, {}):
