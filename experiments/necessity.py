@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from codi import CodiModel
     from steering.means import LatentMeans
 
-__all__ = ["Config", "main", "name_of", "run", "shapley", "subsets"]
+__all__ = ["Config", "main", "name_of", "number_claims", "run", "shapley", "subsets"]
 
 KINDS = ("mean", "zero", "coordinate", "scalar", "norm")
 ON_ALL_SUBSETS = ("mean", "coordinate")
@@ -265,31 +265,34 @@ def _row(table: pd.DataFrame, condition: str, reference: str | None = None) -> p
     return found.iloc[0]
 
 
-def published_claims(tables: dict[str, pd.DataFrame], n: int) -> ClaimsTable:
-    """C1 and C4."""
-    claims = ClaimsTable()
-    steps, effects = tables["steps"], tables["effects"]
+def number_claims(steps: pd.DataFrame, n: int) -> list[Claim]:
+    """C1, from paired changes of accuracy per latent (conditions "0".."n")."""
     if n != 6:
         note = f"the claim is about 6 latents, this model has {n}"
-        claims.add(Claim("C1", "accuracy peaks at 5 latents", "", "not testable", note=note))
-    else:
-        for name, text, rule, after, before, bound in (
-            ("C1 (jump)", "accuracy jumps from 4 to 5 latents", "accuracy(5) − accuracy(4) is above 0", "5", "4", 0.0),
-            (
-                "C1 (sixth)",
-                "the sixth latent adds nothing",
-                f"accuracy(6) − accuracy(5) is below {MARGIN}",
-                "6",
-                "5",
-                None,
-            ),
-        ):
-            row = _row(steps, after, before)
-            if bound is None:
-                verdict = judge(row["lower"], row["upper"], below=MARGIN)
-            else:
-                verdict = judge(row["lower"], row["upper"], above=bound)
-            claims.add(_claim(name, text, rule, verdict, row))
+        return [Claim("C1", "accuracy peaks at 5 latents", "", "not testable", note=note)]
+    jump, sixth = _row(steps, "5", "4"), _row(steps, "6", "5")
+    return [
+        _claim(
+            "C1 (jump)",
+            "accuracy jumps from 4 to 5 latents",
+            "accuracy(5) − accuracy(4) is above 0",
+            judge(jump["lower"], jump["upper"], above=0.0),
+            jump,
+        ),
+        _claim(
+            "C1 (sixth)",
+            "the sixth latent adds nothing",
+            f"accuracy(6) − accuracy(5) is below {MARGIN}",
+            judge(sixth["lower"], sixth["upper"], below=MARGIN),
+            sixth,
+        ),
+    ]
+
+
+def published_claims(tables: dict[str, pd.DataFrame], n: int) -> ClaimsTable:
+    """C1 and C4."""
+    claims = ClaimsTable(number_claims(tables["steps"], n))
+    effects = tables["effects"]
     for kind in ("coordinate", "scalar", "norm"):
         condition = name_of(kind, (n - 1, n))
         if condition in set(effects["condition"]):

@@ -1,0 +1,72 @@
+"""codi early-exit: planted latents give their exit, calibration by hand, thresholds chosen on other prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import planted_model, planted_split
+
+from experiments.early_exit import Config, calibration, chosen_threshold, policies, run, stops_at
+from experiments.stats import Settings
+
+
+def trials(right: list[list[int]], confidence: list[list[float]]) -> pd.DataFrame:
+    """(prompt, latent) tables as a trial table; wrong answers are all different."""
+    rows = []
+    for i, (good, sure) in enumerate(zip(right, confidence, strict=True)):
+        for k, (one, p) in enumerate(zip(good, sure, strict=True)):
+            text = "7" if one else f"{i}{k}"
+            rows.append({"prompt_id": f"p{i}", "cluster": f"c{i}", "condition": str(k), "latent": k, "text": text,
+                         "correct": bool(one), "confidence": p})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_planted_model_is_done_after_latent_4(tmp_path: Path) -> None:
+    config = Config(out=tmp_path / "run", resamples=200, permutations=200, draws=2, task="planted")
+    found = run(config, planted_model("latents"), planted_split())
+    exits = found.tables["exits"].set_index("condition")["mean"]
+    assert [exits[str(k)] for k in range(7)] == [0, 0, 0, 0, 1, 1, 1]
+    agreement = found.tables["agreement"].set_index("condition")["mean"]
+    assert agreement["4"] == 1 and agreement["3"] == 0
+    cost = found.tables["cost"].set_index("condition")["mean"]
+    assert cost["oracle"] == 4 and cost["fixed 6"] == 6
+    steps = found.tables["steps"].set_index("condition")
+    assert steps.loc["4", "fwer_p"] < 0.05 and (steps.drop("4")["p"] == 1).all()
+
+
+def test_calibration_by_hand() -> None:
+    """Two answers at 0.9, one right; two at 0.3, none right: |1 - 1.8| and |0 - 0.6| over 4 = 0.35."""
+    table = trials([[1], [0], [0], [0]], [[0.9], [0.9], [0.3], [0.3]])
+    found, bins = calibration(table, Settings(resamples=100))
+    assert found["ece"][0] == pytest.approx(0.35)
+    assert found["brier"][0] == pytest.approx((0.01 + 0.81 + 0.09 + 0.09) / 4)
+    assert found["auroc"][0] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert bins["n"].tolist() == [2, 2] and bins["accuracy"].tolist() == [0, 0.5]
+
+
+def test_threshold_comes_from_the_derivation_prompts() -> None:
+    good = trials([[0, 1, 1], [1, 1, 1], [0, 0, 1]], [[0.2, 0.8, 0.9], [0.8, 0.9, 0.9], [0.1, 0.4, 0.9]])
+    threshold = chosen_threshold(good, 0.0)
+    assert 0.4 < threshold <= 0.8
+    assert stops_at(good, threshold).tolist() == [1, 0, 2]
+    config = Config(draws=50, allowed_loss=0.0)
+    stopped, used = policies(good, good, config)
+    assert used == threshold
+    accuracy = stopped.groupby("condition")["correct"].mean()
+    latents = stopped.groupby("condition")["latents"].mean()
+    assert accuracy["confidence"] == accuracy["fixed 2"] == 1 and latents["confidence"] == 1
+    # the control: the same number of latents, dealt out to other prompts, loses
+    assert latents["confidence, shuffled"] == 1 and accuracy["confidence, shuffled"] < 0.9
+    # confidence that says nothing saves nothing
+    blind = trials([[0, 1], [0, 1]], [[0.9, 0.1], [0.9, 0.1]])
+    assert np.isinf(chosen_threshold(blind, 0.0)) and stops_at(blind, np.inf).tolist() == [1, 1]
+
+
+def test_refuses_impossible_options() -> None:
+    with pytest.raises(ValueError, match="allowed-loss"):
+        Config(allowed_loss=1.5)
+    with pytest.raises(ValueError, match="patience"):
+        Config(patience=0)
