@@ -1,0 +1,265 @@
+"""C1, C2, S1, S2, S3 and S7 of the published claims about single latents, judged on observations of a model.
+
+Each claim becomes one number with an interval over number triples and a rule fixed here beforehand. A *lead* is the
+smallest value at the claimed latents minus the largest at all the others: positive exactly if the claimed latents are
+ahead of every other one. Intervals are percentile bootstrap intervals of the number itself (a lead is computed anew in
+every resample).
+
+Knows nothing about how observations are made. Not a command: `codi alternation` writes the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.alternation import Measure, Profile, Result, analyse, contrast_weights
+from experiments.claims import Claim, ClaimsTable, Verdict, judge
+from experiments.latent_measures import Observations, components, detection, principal_plane, steps_of
+from experiments.stats import Estimate, Settings, cluster_weights
+
+__all__ = ["published_claims"]
+
+
+class _Interval:
+    """Estimates with cluster-bootstrap intervals of any function of column means."""
+
+    def __init__(self, clusters: np.ndarray, settings: Settings) -> None:
+        self.names, self.codes = np.unique(clusters, return_inverse=True)
+        self.weights = cluster_weights(len(self.names), settings.resamples, settings.seed)
+        self.tail = (1 - settings.level) / 2
+
+    def __call__(
+        self, values: np.ndarray, function: Callable[[np.ndarray], np.ndarray], rows: np.ndarray | None = None
+    ) -> Estimate:
+        """Of function(means), means (resample, column); prompts with an unknown column are left out.
+
+        Args:
+            values: (prompt, column).
+            function: from (…, column) to (…,).
+            rows: (prompt,) bool, the prompts to use; None: all.
+        """
+        known = np.isfinite(values).all(1) & (True if rows is None else rows)
+        if not known.any():
+            return Estimate(np.nan, np.nan, np.nan, 0, 0)
+        width = len(self.names)
+        counts = np.bincount(self.codes[known], minlength=width)
+        sums = np.stack([np.bincount(self.codes[known], weights=column, minlength=width) for column in values[known].T])
+        totals = self.weights @ counts
+        drawn = totals > 0
+        means = (self.weights[drawn] @ sums.T) / totals[drawn, None]
+        found = function(means)
+        lower, upper = np.quantile(found, [self.tail, 1 - self.tail])
+        estimate = float(function((sums.sum(1) / counts.sum())[None])[0])
+        return Estimate(estimate, float(lower), float(upper), int(known.sum()), int((counts > 0).sum()))
+
+
+def _lead(columns: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
+    """The smallest of the given columns minus the largest of the others."""
+    chosen = list(columns)
+
+    def lead(means: np.ndarray) -> np.ndarray:
+        return means[..., chosen].min(-1) - np.delete(means, chosen, axis=-1).max(-1)
+
+    return lead
+
+
+def _claim(
+    name: str,
+    statement: str,
+    measured: str,
+    estimate: Estimate,
+    above: float | None = None,
+    below: float | None = None,
+    note: str = "",
+) -> Claim:
+    verdict: Verdict = judge(estimate.lower, estimate.upper, above=above, below=below)
+    if verdict == "not testable":
+        note = note or "no prompt to measure it on"
+    return Claim(name, statement, measured, verdict, note=note, **dataclasses.asdict(estimate))
+
+
+def _numbers(row: pd.Series) -> dict[str, Any]:
+    """The fields of a claim from a row of `Result.tests`."""
+    return {
+        "estimate": float(row["contrast"]), "lower": float(row["lower"]), "upper": float(row["upper"]),
+        "n": int(row["n"]), "n_clusters": int(row["n_clusters"]),
+    }  # fmt: skip
+
+
+def _untestable(name: str, statement: str, note: str) -> Claim:
+    return Claim(name, statement, "–", "not testable", note=note)
+
+
+def published_claims(
+    observations: Observations,
+    result: Result,
+    *,
+    therefore: Sequence[int] = (),
+    end_embedding: np.ndarray | None = None,
+    seed: int = 0,
+) -> ClaimsTable:
+    """C1, C2, S1, S2, S3 and S7 of the published claims, by the observations at hand.
+
+    Args:
+        observations: of the model.
+        result: of `analyse` on the same observations.
+        therefore: token ids of the word family "therefore"; none: S3 is not testable.
+        end_embedding: (d_model,) embedding of the end-of-thought token; None: that part of S7 is not testable.
+        seed: of the principal components.
+    """
+    settings, n = result.settings, observations.n_latents
+    interval = _Interval(observations.clusters, settings)
+    table = ClaimsTable()
+    _accuracy_claims(table, observations, interval)
+    _readout_claims(table, observations, interval)
+
+    if n >= 6:
+        finals = [np.subtract(*detection(observations, "final", k))[:, 1:] for k in range(1, 11)]
+        leads = [interval(rates, _lead([1, 3])) for rates in finals]
+        smallest = min(leads, key=lambda lead: lead.lower)
+        table.add(_claim(
+            "S1 detection", "the final answer is detected most at latents 2 and 4, for every k = 1..10",
+            "lead of h_2 and h_4 over the other latents (rate above chance), smallest over k; above 0", smallest,
+            above=0.0, note=f"at k = 5: {leads[4].estimate:.3f} [{leads[4].lower:.3f}, {leads[4].upper:.3f}]",
+        ))  # fmt: skip
+        entropy = observations.readings.entropy[:, 1:, 0]
+        table.add(_claim(
+            "S1 entropy", "entropy is highest at latents 3 and 5",
+            "lead of h_3 and h_5 over the other latents, nats; above 0", interval(entropy, _lead([2, 4])), above=0.0,
+        ))  # fmt: skip
+    statement = "a lens trained on latents fails on text tokens"
+    table.add(_untestable("S2", statement, "needs trained lenses: codi lens transfer"))
+    _therefore_claims(table, observations, interval, therefore)
+    _component_claims(table, observations, result, end_embedding, seed)
+    return table
+
+
+def _accuracy_claims(table: ClaimsTable, observations: Observations, interval: _Interval) -> None:
+    after = observations.correct_after
+    if after is None or observations.n_latents < 6:
+        table.add(_untestable("C1", "accuracy peaks at 5 latents", "needs answers after 0..6 latents"))
+        return
+    accuracy = after.astype(float)
+    levels = ", ".join(f"{value:.3f}" for value in accuracy.mean(0))
+    table.add(_claim(
+        "C1 peak", "accuracy peaks at 5 latents", "accuracy after 5 minus the best of all other numbers; above 0",
+        interval(accuracy, _lead([5])), above=0.0, note=f"accuracy after 0.. latents: {levels}",
+    ))  # fmt: skip
+    table.add(_claim(
+        "C1 jump", "accuracy jumps from 4 to 5 latents", "gain by latent 5 minus the largest other gain; above 0",
+        interval(np.diff(accuracy, axis=1), _lead([4])), above=0.0,
+    ))  # fmt: skip
+    table.add(_claim(
+        "C1 sixth", "the sixth latent adds nothing", "accuracy after 6 minus after 5; below 0.02",
+        interval(accuracy, lambda means: means[..., 6] - means[..., 5]), below=0.02,
+    ))  # fmt: skip
+
+
+def _readout_claims(table: ClaimsTable, observations: Observations, interval: _Interval) -> None:
+    n = observations.n_latents
+    wrong = None if observations.correct_after is None else ~observations.correct_after[:, -1].astype(bool)
+    two = n >= 4 and all(len(steps_of(problem)) >= 2 for problem in observations.problems)
+    for step, latent in ((1, 2), (2, 4)):
+        statement = f"step{step} is read at h_{latent}"
+        if not two:
+            table.add(_untestable(f"C2 step{step}", statement, "needs problems with three steps or more"))
+            continue
+        rates = np.subtract(*detection(observations, step))
+        highest = np.nanmean(rates, axis=0)
+        where = f"rate above chance at h_0..h_{n}: {', '.join(f'{value:.3f}' for value in highest)}"
+        table.add(_claim(
+            f"C2 step{step}", statement, f"lead of h_{latent} over h_0..h_{n}, top 5, rate above chance; above 0",
+            interval(rates, _lead([latent])), above=0.0, note=where,
+        ))  # fmt: skip
+        if wrong is not None:
+            table.add(_claim(
+                f"C2 step{step} wrong", f"{statement} even where the answer is wrong",
+                "the same, prompts with a wrong answer only; above 0", interval(rates, _lead([latent]), wrong),
+                above=0.0, note="" if wrong.any() else "every answer is right",
+            ))  # fmt: skip
+    finals = np.subtract(*detection(observations, "final"))
+    table.add(_claim(
+        "C2 final", "the final answer is not readable by the plain lens",
+        f"highest rate above chance over h_0..h_{n}, top 5; below 0.05",
+        interval(finals, lambda means: means.max(-1)), below=0.05,
+    ))  # fmt: skip
+
+
+def _therefore_claims(
+    table: ClaimsTable, observations: Observations, interval: _Interval, therefore: Sequence[int]
+) -> None:
+    statements = {"S3 odd": "“therefore” is at odd latents only", "S3 late": "“therefore” is there from latent 3 on"}
+    if not therefore:
+        for name, statement in statements.items():
+            table.add(_untestable(name, statement, "no form of “therefore” is one token of this vocabulary"))
+        return
+    shown = np.isin(observations.readings.tokens[:, 1:, 0], list(therefore)).any(-1).astype(float)
+    rates = ", ".join(f"{rate:.3f}" for rate in shown.mean(0))
+    odd = [k for k in range(observations.n_latents) if k % 2 == 0]
+    late = list(range(2, observations.n_latents))
+    for (name, statement), columns in zip(statements.items(), (odd, late), strict=True):
+        table.add(_claim(
+            name, statement, "lead of those latents, rate in the top 10; above 0", interval(shown, _lead(columns)),
+            above=0.0, note=f"rates at latents 1..: {rates}",
+        ))  # fmt: skip
+
+
+def _component_claims(
+    table: ClaimsTable, observations: Observations, result: Result, end_embedding: np.ndarray | None, seed: int
+) -> None:
+    reference, settings = observations.reference, result.settings
+    statement = "the first component of latents is parallel to the end-of-thought direction"
+    if end_embedding is None:
+        table.add(_untestable("S7 direction", statement, "no embedding was given"))
+    else:
+        names, codes = np.unique(reference.clusters, return_inverse=True)
+
+        def cosine(rows: np.ndarray) -> float:
+            first = principal_plane(reference.states[rows], seed)[1][0]
+            return float(abs(first @ end_embedding) / (np.linalg.norm(end_embedding) or 1.0))
+
+        rng = np.random.default_rng(seed)
+        halves = []
+        for _ in range(40):
+            drawn = rng.integers(len(names), size=len(names))
+            halves.append(cosine(np.concatenate([np.flatnonzero(codes == cluster) for cluster in drawn])))
+        lower, upper = np.quantile(halves, [(1 - settings.level) / 2, (1 + settings.level) / 2])
+        value = Estimate(cosine(np.arange(len(codes))), float(lower), float(upper), len(codes), len(names))
+        chance = 1.96 / np.sqrt(len(end_embedding))
+        table.add(_claim(
+            "S7 direction", statement,
+            "|cosine| of the first component of h_1..h_n and the end-of-thought embedding; above 0.7", value, above=0.7,
+            note=f"40 resamples; a random direction stays below {chance:.2f} in 95 % of cases",
+        ))  # fmt: skip
+    tested = result.tests[result.tests["measure"] == "components"]
+    statement = "the first two components separate even and odd latents"
+    if tested.empty or tested.iloc[0]["verdict"] == "not testable":
+        table.add(_untestable("S7 latents", statement, "the components were not tested"))
+    else:
+        row = tested.iloc[0]
+        table.add(Claim(
+            "S7 latents", statement, "contrast in the plane (SD); held if the measure “components” is supported",
+            "held" if row["verdict"] == "supported" else "not held", **_numbers(row),
+            note=f"{row['verdict']}: {row['reason']}",
+        ))  # fmt: skip
+    slots = {"keys": reference.keys, "values": reference.values}
+    plain = Measure("slots", "", "SD in the plane", 1, 0.5, False, "")
+    for name, latents in slots.items():
+        statement = f"the first two components of cached {name} show no even/odd pattern"
+        if latents is None:
+            table.add(_untestable(f"S7 {name}", statement, "cache entries were not kept"))
+            continue
+        coordinates = components(latents, principal_plane(latents, seed))
+        apart = np.einsum("k,pkc->c", contrast_weights(observations.n_latents), coordinates)
+        direction = apart / (np.linalg.norm(apart) or 1.0)
+        found = analyse([Profile(plain, coordinates, direction, reference.clusters)], settings).tests.iloc[0]
+        split = f"split {'|'.join(found['best_split'])} explains most; even/odd is number {found['split_rank']}"
+        table.add(Claim(
+            f"S7 {name}", statement, "contrast in the plane (SD); held unless even/odd is specific and 0.5 SD or more",
+            "not held" if found["verdict"] == "supported" else "held", **_numbers(found), note=split,
+        ))  # fmt: skip

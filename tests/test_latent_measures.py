@@ -1,0 +1,181 @@
+"""Measures of single latents against hand-made tokens, an independent attention, and the model's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from codi import CodiModel
+from experiments.latent_measures import (
+    DEPTH,
+    MeanAblation,
+    Observations,
+    Readings,
+    Reference,
+    chance_corrected,
+    components,
+    detection,
+    number_tokens,
+    observe,
+    principal_plane,
+    read,
+    readability,
+)
+from experiments.tasks import Problem, is_correct, load_task
+
+
+def test_hit_and_chance_by_hand() -> None:
+    # three prompts of three clusters; values 7, 8, 9 shown by tokens 70, 80, 90
+    tokens = np.array([[[70, 80, 1]], [[1, 80, 70]], [[70, 1, 2]]])
+    forms = {7: (70,), 8: (80, 81), 9: (90,)}
+    hit, chance = chance_corrected(tokens, [7, 8, 9], forms, np.array(["a", "b", "c"]), k=2)
+    assert hit.tolist() == [[1.0], [1.0], [0.0]]
+    # of the other prompts' values: 8 but not 9; neither 7 (rank 3) nor 9; 7 but not 8
+    assert chance.tolist() == [[0.5], [0.0], [0.5]]
+    same, _ = chance_corrected(tokens, [7, None, 9], forms, np.array(["a", "a", "c"]), k=3)
+    assert np.isnan(same[1]).all() and same[0] == 1.0
+    with pytest.raises(ValueError, match="k must be in 1..3, got 4"):
+        chance_corrected(tokens, [7, 8, 9], forms, np.array(["a", "b", "c"]), k=4)
+
+
+def test_a_lens_that_ignores_the_prompt_is_at_chance() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.choice([1, 2, 3], p=[0.8, 0.1, 0.1], size=600).tolist()
+    clusters = np.arange(600).astype(str)
+    tokens = np.tile(np.array([[[1, 2]]]), (600, 1, 1))  # always the frequent one first
+    hit, chance = chance_corrected(tokens, values, {v: (v,) for v in (1, 2, 3)}, clusters, k=1)
+    assert hit.mean() > 0.7 and abs((hit - chance).mean()) < 1e-9
+
+
+def made(problems: list[Problem], tokens: list[list[int]]) -> Observations:
+    forms = {value: (int(value),) for problem in problems for value in problem.intermediates}
+    array = np.array(tokens)[:, None, None]
+    readings = Readings(array, np.zeros(array.shape[:3]))
+    reference = Reference(np.array(["x"]), np.zeros((1, 1, 2)), np.zeros((1, 2)))
+    return Observations(tuple(problems), np.zeros((len(problems), 1, 2)), readings, forms, reference)
+
+
+def test_values_of_the_question_and_ambiguous_values_are_left_out() -> None:
+    def problem(numbers: tuple[int, ...], steps: tuple[int, ...]) -> Problem:
+        return Problem("p", "?", steps[-1], tuple("=" for _ in steps), f"{numbers}", "", "", numbers, steps)
+
+    problems = [
+        problem((1, 2, 4), (3, 12, 15)),  # all clear
+        problem((5, 2, 4), (7, 7, 14)),  # step 1 = step 2
+        problem((6, 3, 1), (3, 30, 33)),  # step 1 stands in the question
+    ]
+    hits = made(problems, [[3, 12, 0, 0], [7, 14, 0, 0], [3, 30, 0, 0]])
+    first, second, final = (detection(hits, which, 2)[0][:, 0] for which in (1, 2, "final"))
+    np.testing.assert_array_equal(first, [1.0, np.nan, np.nan])
+    np.testing.assert_array_equal(second, [1.0, np.nan, 1.0])
+    np.testing.assert_array_equal(final, [0.0, 1.0, 0.0])
+    np.testing.assert_array_equal(detection(hits, "intermediate", 2)[0][:, 0], [1.0, np.nan, 1.0])
+
+
+def test_entropy_and_top_tokens() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]))
+    tokens, entropy = read(logits, depth=2)
+    assert tokens[0, 0] == 0 and tokens.shape == (2, 2)
+    np.testing.assert_allclose(entropy, [1.5 * np.log(2), np.log(3)], rtol=1e-6)
+    assert read(torch.tensor([[0.0, float("-inf")]]))[1][0] == 0.0
+
+
+def test_number_tokens_are_first_tokens_with_and_without_space(codi_model: CodiModel) -> None:
+    first = codi_model.tokenizer("12", add_special_tokens=False)["input_ids"][0]
+    # one token per byte: a space of its own is skipped, and 12 is shown by its first digit
+    assert number_tokens(codi_model, 12) == (first,) == number_tokens(codi_model, 1)
+
+
+def test_plane_is_orthonormal_and_in_units_of_its_spread() -> None:
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(50, 6, 5)) * np.array([5.0, 3.0, 0.1, 0.1, 0.1]) + 7.0
+    plane = principal_plane(latents)
+    np.testing.assert_allclose(plane[1] @ plane[1].T, np.eye(2), atol=1e-9)
+    placed = components(latents, plane)
+    assert abs(plane[1][0, 0]) > 0.99 and abs(plane[1][1, 1]) > 0.99
+    assert (placed**2).sum(-1).mean() == pytest.approx(2.0, rel=0.02) and abs(placed.mean((0, 1))).max() < 1e-9
+
+
+def test_readability_finds_the_latent_that_holds_the_step() -> None:
+    problems = load_task("templates", "test", 300, 0)
+    rng = np.random.default_rng(0)
+    codes = {value: rng.normal(size=24) for value in {p.intermediates[0] for p in problems}}
+    states = 0.2 * rng.normal(size=(300, 2, 24))
+    states[:, 1] += np.stack([codes[p.intermediates[0]] for p in problems])
+    gains = readability(states, problems)
+    assert set(gains) == {"step1", "step2", "answer"}
+    assert gains["step1"][:, 1].mean() > 0.5 and abs(gains["step1"][:, 0].mean()) < 0.15
+
+
+@pytest.fixture(scope="module")
+def observed(tiny_model: Callable[..., CodiModel]) -> tuple[CodiModel, list[Problem], Observations]:
+    model = tiny_model(attention="eager")
+    problems = load_task("templates", "test", 5, 0)
+    others = load_task("templates", "derivation", 4, 0)
+    return model, problems, observe(model, others, problems, max_new_tokens=2, batch_size=3)
+
+
+def test_observations_agree_with_the_model(observed: tuple[CodiModel, list[Problem], Observations]) -> None:
+    model, problems, found = observed
+    n = model.n_latents
+    assert found.states.shape == (5, n + 1, model.d_model) and found.readings.tokens.shape == (5, n + 1, 1, DEPTH)
+    for count in (0, 3, n):
+        texts = model.answer([p.question for p in problems], n_latents=count, max_new_tokens=2)
+        assert found.correct_after is not None
+        expected = [is_correct(text, p.answer) for text, p in zip(texts, problems, strict=True)]
+        assert found.correct_after[:, count].tolist() == expected
+    batch = model.encode([p.question for p in problems])
+    run = model.rollout(batch, n)
+    top = model.logits(run.states).argmax(-1)
+    np.testing.assert_array_equal(found.readings.tokens[:, :, 0, 0], top.numpy())
+    assert found.reference.keys is not None and found.reference.states.shape == (4, n, model.d_model)
+
+
+def test_attention_sums_to_one_and_agrees_with_the_weights(
+    observed: tuple[CodiModel, list[Problem], Observations],
+) -> None:
+    model, problems, found = observed
+    assert found.attention is not None
+    n = model.n_latents
+    # latent k attends to prompt and latents 1..k: all of its mass is in the table
+    np.testing.assert_allclose(found.attention[:, :n].sum(-1), 1.0, atol=1e-5)
+    assert (found.attention[:, n].sum(-1) < 1.0).all()  # the end of thought also looks at itself
+    for query in range(n):
+        np.testing.assert_allclose(found.attention[:, query, 3 + query :], 0.0, atol=1e-7)
+    # one prompt, one forward pass over everything, no cache
+    batch = model.encode([problems[0].question])
+    run = model.rollout(batch, n)
+    assert run.embeddings is not None
+    end = model.embed(torch.tensor([model.protocol.after_latents[:1]]))
+    everything = torch.cat((model.embed(batch.input_ids), run.embeddings, end), dim=1)
+    with torch.no_grad():
+        output = model.decoder(inputs_embeds=everything, output_attentions=True)
+    weights = torch.stack(output.attentions).mean((0, 2))[0]  # (query, key)
+    width = batch.input_ids.shape[1]
+    np.testing.assert_allclose(found.attention[0, :, 2:], weights[width:, width : width + n].numpy(), atol=1e-5)
+    digits = [model.tokenizer.decode([token]).strip().isdigit() for token in batch.input_ids[0].tolist()]
+    on_numbers = weights[width:, :width][:, torch.tensor(digits)].sum(-1)
+    np.testing.assert_allclose(found.attention[0, :, 0], on_numbers.numpy(), atol=1e-5)
+
+
+def test_ablating_by_its_own_embedding_changes_nothing_and_by_another_does(codi_model: CodiModel) -> None:
+    batch = codi_model.encode([load_task("templates", "test", 1, 3)[0].question])
+    run = codi_model.rollout(batch, 6)
+    assert run.embeddings is not None
+    for latent in (1, 4, 6):
+        own = codi_model.rollout(run.truncate(latent - 1), 6, [MeanAblation(latent, run.embeddings[0, latent - 1])])
+        torch.testing.assert_close(own.states, run.states, rtol=1e-5, atol=1e-5)
+        other = codi_model.rollout(run.truncate(latent - 1), 6, [MeanAblation(latent, run.embeddings.mean((0, 1)))])
+        torch.testing.assert_close(other.states[:, :latent], run.states[:, :latent])  # earlier latents stay
+        assert (other.states[:, latent:] - run.states[:, latent:]).abs().amax(-1).min() > 1e-3
+
+
+def test_observing_needs_attention_weights_and_prompts(codi_model: CodiModel) -> None:
+    problems = load_task("templates", "test", 2, 0)
+    with pytest.raises(ValueError, match="attention='eager'"):
+        observe(codi_model, problems, problems)
+    with pytest.raises(ValueError, match="prompts of both kinds"):
+        observe(codi_model, [], problems)
