@@ -438,7 +438,7 @@ def _verdict(row: dict[str, Any], measure: Measure, untestable: str, alpha: floa
         return "undecided", "the contrast could be 0"
     if size < measure.smallest:
         return "undecided", f"it could be {measure.smallest:g} or less"
-    split = "|".join(row["best_split"])
+    split = ", ".join(row["best_split"])
     if row["split_rank"] > 1:
         return "undecided", f"not alternation: latents {split} against the rest explain more"
     return "undecided", "even/odd comes first in too few resamples"
@@ -491,7 +491,7 @@ def _overall(
     if not there:
         lacking.append("the pooled contrast could be 0 or has the wrong sign")
     elif not specific:
-        lacking.append(f"pooled, latents {'|'.join(row['best_split'])} against the rest explain more or about as much")
+        lacking.append(f"pooled, latents {', '.join(row['best_split'])} against the rest explain more or about as much")
     return {**row, "verdict": "undecided", "reason": "; ".join([tally, *lacking])}
 
 
@@ -524,7 +524,7 @@ def summary(result: Result) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in tests.drop(index="overall").iterrows():
-        best = "|".join(row["best_split"]) or "–"
+        best = ", ".join(row["best_split"]) or "–"
         numbers = (
             f"{_number(row)} | {_p(row['p_corrected'])} | {row['d']:.2f} | {row['explained']:.2f} | {best} | "
             f"{100 * row['specific']:.0f} %"
@@ -577,7 +577,8 @@ def draw(result: Result) -> Figure:
 def _panel(ax: Axes, measure: Measure, levels: pd.DataFrame, test: pd.Series) -> None:
     ax.set_title(measure.label, fontsize=7.5, pad=11, fontweight="bold")
     higher = "even" if measure.predicted > 0 else "odd"
-    p = "" if np.isnan(test["p_corrected"]) else f", p {_p(test['p_corrected']).replace('< ', '<')}"
+    tested = test["verdict"] != "not testable"
+    p = f", p = {_p(test['p_corrected'])}".replace("= <", "<") if tested else ""
     ax.text(
         0.5, 1.03, f"predicted: {higher} higher. {test['verdict']}{p}", transform=ax.transAxes, ha="center",
         va="bottom", fontsize=6,
@@ -638,19 +639,20 @@ def draw_states(observations: Observations, seed: int = 0, shown: int = 60) -> F
             right.set_axis_off()
             return figure
         mass = observations.attention.mean(0)
-        keys = ["numbers", "rest of\nprompt", *map(str, range(1, n + 1))]
+        keys = ["num-\nbers", "rest of\nprompt", *map(str, range(1, n + 1))]
         seen = np.where(np.arange(mass.shape[1])[None] - 2 > np.arange(len(mass))[:, None], np.nan, mass)
-        image = right.imshow(seen, cmap="cividis", vmin=0.0, aspect="auto")
+        brightest = float(np.nanmax(np.delete(seen, 1, axis=1)))  # the rest of the prompt takes most of the mass
+        image = right.imshow(seen, cmap="cividis", vmin=0.0, vmax=brightest, aspect="auto")
         for (i, j), value in np.ndenumerate(seen):
             if np.isfinite(value):
-                colour = "white" if value < 0.55 * np.nanmax(seen) else "black"
+                colour = "white" if value < 0.55 * brightest else "black"
                 right.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6, color=colour)
         right.set_xticks(range(len(keys)), keys)
         right.set_yticks(range(n + 1), [*map(str, range(1, n + 1)), "end"])
         right.set_xlabel("attends to")
         right.set_ylabel("latent, end of thought")
         right.set_title("attention mass, mean over layers and heads", fontsize=7.5)
-        figure.colorbar(image, ax=right, fraction=0.04, pad=0.02).outline.set_linewidth(0.5)
+        figure.colorbar(image, ax=right, fraction=0.04, pad=0.02, extend="max").outline.set_linewidth(0.5)
     return figure
 
 

@@ -258,7 +258,7 @@ def _component_claims(
         apart = np.einsum("k,pkc->c", contrast_weights(observations.n_latents), coordinates)
         direction = apart / (np.linalg.norm(apart) or 1.0)
         found = analyse([Profile(plain, coordinates, direction, reference.clusters)], settings).tests.iloc[0]
-        split = f"split {'|'.join(found['best_split'])} explains most; even/odd is number {found['split_rank']}"
+        split = f"split {', '.join(found['best_split'])} explains most; even/odd is number {found['split_rank']}"
         table.add(Claim(
             f"S7 {name}", statement, "contrast in the plane (SD); held unless even/odd is specific and 0.5 SD or more",
             "not held" if found["verdict"] == "supported" else "held", **_numbers(found), note=split,

@@ -173,6 +173,21 @@ def test_ablating_by_its_own_embedding_changes_nothing_and_by_another_does(codi_
         assert (other.states[:, latent:] - run.states[:, latent:]).abs().amax(-1).min() > 1e-3
 
 
+def test_a_second_lens_is_read_below_the_last_layer(observed: tuple[CodiModel, list[Problem], Observations]) -> None:
+    from lenses.latent_lens import LatentLens
+
+    model, problems, _ = observed
+    lens = LatentLens.plain(model)
+    found = observe(model, problems, problems, lens=lens, max_new_tokens=1)
+    assert found.tuned is not None and found.tuned.tokens.shape == (5, 7, model.n_layers, DEPTH)
+    run = model.rollout(model.encode([problem.question for problem in problems]))
+    assert run.hidden_states is not None
+    expected = lens.logits(run.hidden_states[:, 3, 2], 2, 4).argmax(-1)
+    np.testing.assert_array_equal(found.tuned.tokens[:, 4, 2, 0], expected.numpy())
+    hit, chance = detection(found, "final", 5, tuned=True)
+    assert hit.shape == chance.shape == (5, 7)
+
+
 def test_observing_needs_attention_weights_and_prompts(codi_model: CodiModel) -> None:
     problems = load_task("templates", "test", 2, 0)
     with pytest.raises(ValueError, match="attention='eager'"):
