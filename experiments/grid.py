@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from steering.directions import (
     SPACES,
@@ -52,6 +52,7 @@ __all__ = [
     "unique_pairs",
 ]
 
+Word = TypeVar("Word", bound=str)
 Timing = Literal["early-exit", "continue", "cached"]
 TIMINGS: tuple[Timing, ...] = get_args(Timing)
 PAIR_CONTROLS = ("random", "covariance", "shuffled")
@@ -70,17 +71,18 @@ def _items(words: Sequence[str]) -> list[str]:
     return [item for word in words for item in word.split(",") if item.strip()]
 
 
-def parse_choices(name: str, words: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
+def parse_choices(name: str, words: Sequence[str], allowed: Sequence[Word]) -> tuple[Word, ...]:
     """Words separated by blanks or commas, each one of `allowed`, repeats dropped; "none" alone gives ()."""
-    found = tuple(dict.fromkeys(item.strip() for item in _items(words)))
-    if found == ("none",) and "none" not in allowed:
+    given = tuple(dict.fromkeys(item.strip() for item in _items(words)))
+    if given == ("none",) and "none" not in allowed:
         return ()
-    for item in found:
-        if item not in allowed:
+    known = {str(word): word for word in allowed}
+    for item in given:
+        if item not in known:
             raise ValueError(f"{name} must be among {', '.join(allowed)}, got {item!r}")
-    if not found:
+    if not given:
         raise ValueError(f"{name} must name at least one of {', '.join(allowed)}")
-    return found
+    return tuple(known[item] for item in given)
 
 
 def parse_numbers(name: str, words: Sequence[str], highest: int) -> tuple[int, ...]:

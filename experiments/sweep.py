@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -397,7 +397,7 @@ def make_plan(config: SweepConfig, model: CodiModel) -> Plan:
     """Resolve and check every option against the model; load and split the prompts."""
     from codi.decode import default_new_tokens
 
-    spaces = cast(tuple[Space, ...], parse_choices("space", config.space, SPACES))
+    spaces = parse_choices("space", config.space, SPACES)
     in_kv = "kv" in spaces
 
     def subset(name: str, words: Sequence[str], highest: int) -> tuple[int, ...] | None:

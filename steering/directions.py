@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 Space = Literal["kv", "embedding", "hidden"]
+Frame = Literal["content", "raw"]
 SPACES: tuple[Space, ...] = ("kv", "embedding", "hidden")
 
 
@@ -60,7 +61,7 @@ class Direction:
     keys: Tensor | None = None
     values: Tensor | None = None
     vector: Tensor | None = None
-    keys_frame: str = "content"
+    keys_frame: Frame = "content"
 
     def __post_init__(self) -> None:
         kv = self.keys is not None and self.values is not None and self.vector is None
@@ -120,7 +121,7 @@ def _between(
     vectors: Tensor,
     a: int,
     b: int,
-    frame: str,
+    frame: Frame,
     layers: Sequence[int] | None,
     kv_heads: Sequence[int] | None,
 ) -> Direction:
@@ -140,7 +141,7 @@ def difference(
     b: int,
     space: Space,
     *,
-    keys: str = "content",
+    keys: Frame = "content",
     layers: Sequence[int] | None = None,
     kv_heads: Sequence[int] | None = None,
 ) -> Direction:
