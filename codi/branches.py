@@ -251,7 +251,7 @@ class _Edits:
                 delta = rotate(delta, positions[axes[:-1]], self.model)
             scale = coefficient.masked_fill(chosen < 0, 0.0)[axes]
             new = (old.to(delta.dtype) + scale * delta).to(old.dtype)
-            self.squared.add_((new.to(delta.dtype) - old.to(delta.dtype)).flatten(1).double().square().sum(1))
+            self._applied(new, old, delta.dtype)
             edited.append(new)
         return edited[0], edited[1]
 
@@ -266,8 +266,12 @@ class _Edits:
         old = x.to(step.dtype)
         new = torch.where(self.replace[:, edit, None], step, old + step)
         new = torch.where(chosen[:, None] < 0, old, new).to(x.dtype)
-        self.squared.add_((new.to(step.dtype) - old).double().square().sum(1))
+        self._applied(new, x, step.dtype)
         return new
+
+    def _applied(self, new: Tensor, old: Tensor, dtype: torch.dtype) -> None:
+        change = (new.to(dtype) - old.to(dtype)).flatten(1)
+        self.squared.add_(torch.linalg.vector_norm(change, dim=1, dtype=torch.float64).square())
 
     def applied_norm(self) -> Tensor:
         """(row,) float64 on the CPU.
@@ -747,7 +751,7 @@ def _decode_shared(job: _Job, branches: Branches, latents: tuple[int, ...], draf
         applied = edits.applied_norm()
         hidden = None
         if pending is not None and timing == "cached":
-            hidden = columns >= run.prompt_width + first  # the recomputed latent does not see those after it
+            hidden = _upload(columns >= run.prompt_width + first, device)  # the new z_k does not see those after it
         tokens, logits = _answer(job, cache, pending, hidden, position + exit_, drafts)
     return _Decoded(tokens, applied, logits)
 

@@ -197,10 +197,10 @@ class BranchCache:
         tile_group = self._lay_out(groups)
         at = (prompts[tile_group].to(device)[:, None], columns.to(device)[None, :])
         self._prefix = [(self._gather(keys, at), self._gather(values, at)) for keys, values in pairs]
-        self._bias: Tensor | None = None  # (tile, column): -inf at padding
+        self._bias: Tensor | None = None  # (tile · kv_head, 1, column): -inf at padding
         if not bool(visible.all()):
             bias = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
-            self._bias = bias[tile_group].to(device)
+            self._bias = bias[tile_group].to(device)[:, None].repeat_interleave(self.n_kv_heads, 0)
         self._column_positions = (first_positions[:, None] + columns)[tile_group].to(device)
         self._own_positions = self._to_tiles(self.positions)
         self._own: list[tuple[Tensor, Tensor] | None] = [None] * len(pairs)
@@ -251,7 +251,8 @@ class BranchCache:
         if not torch.equal(source, torch.arange(len(old))):
             index = source.to(self.device)
             self._prefix = [(keys[index], values[index]) for keys, values in self._prefix]
-            self._bias = None if self._bias is None else self._bias[index]
+            if self._bias is not None:
+                self._bias = self._bias.unflatten(0, (len(old), -1))[index].flatten(0, 1)
             self._column_positions = self._column_positions[index]
         for layer, pair in enumerate(own):
             if pair is not None:
@@ -355,9 +356,8 @@ class BranchCache:
         q = torch.empty(tiles, n_kv, width, per_kv, n_tokens, d_head, dtype=self.dtype, device=query.device)
         q.copy_(self._to_tiles(query).unflatten(2, (n_kv, per_kv)).transpose(1, 2))
         # Shared part: one product per tile and kv-head; padding enters as the matrix that is added to.
-        bias = q.new_zeros(()) if self._bias is None else self._bias.repeat_interleave(n_kv, 0)[:, None]
         shared = torch.baddbmm(
-            bias,
+            q.new_zeros(()) if self._bias is None else self._bias,
             q.view(tiles * n_kv, -1, d_head),
             keys.transpose(1, 2),
             beta=0 if self._bias is None else 1,
@@ -365,7 +365,7 @@ class BranchCache:
         )
         if self.hidden_from_first_token is not None:
             first = shared.view(-1, n_tokens, n_columns)[:, 0]
-            first.masked_fill_(self.hidden_from_first_token.to(query.device), -torch.inf)
+            first.masked_fill_(self.hidden_from_first_token, -torch.inf)
         # Own part: a few slots per row, the tokens just fed in causal order.
         q = q.view(tiles, n_kv, width, per_kv * n_tokens, d_head)
         own = torch.matmul(q, own_keys.transpose(3, 4)).mul_(scaling).unflatten(3, (per_kv, n_tokens))
