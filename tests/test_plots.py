@@ -1,0 +1,255 @@
+"""The figures: what is written in them is in the tables, and nothing is cut off, too small or on top of something."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from simulated_sweep import simulate_trials
+
+from experiments import plots, stats
+from experiments.plots import View
+from experiments.stats import Settings
+
+FAST = Settings(resamples=150, permutations=150)
+SMALL: dict = {"pairs": 3, "latents": (2, 5), "sizes": (1.0,), "draws": 3, "prompts": 40, "clusters": 20}
+
+
+@pytest.fixture(scope="module")
+def view() -> View:
+    """A whole grid with every control and real effects: 30 ordered pairs, six positions, two sizes."""
+    trials = simulate_trials(
+        sizes=(0.5, 2.0),
+        draws=8,
+        prompts=80,
+        clusters=40,
+        structured=True,
+        controls=("random", "covariance", "shuffled"),
+        patches=("patch-scalar", "patch-coordinate", "patch-norm"),
+    )
+    (only,) = plots.views(stats.analyse(trials, FAST), notes=("Model: a-model-with-a-rather-long-name-1b.",))
+    return only
+
+
+@pytest.fixture(scope="module")
+def drawn(view: View) -> dict[str, Figure]:
+    return dict(plots.figures(view))
+
+
+def shown(figure: Figure) -> list[tuple[Text, np.ndarray]]:
+    """Texts that are really drawn (ticks outside the axes are not), with their boxes in pixels."""
+    texts: list[Text] = []
+    original = Text.draw
+
+    def draw(text: Text, renderer: object, *arguments: object) -> None:
+        if text.get_visible() and text.get_text().strip():
+            texts.append(text)
+        original(text, renderer, *arguments)
+
+    with matplotlib.rc_context(plots.STYLE), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "draw", draw)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        return [(text, text.get_window_extent(renderer).extents) for text in texts]
+
+
+def clashes(figure: Figure) -> list[str]:
+    """Texts that leave the page, are smaller than 6 points, or lie on another text."""
+    found = []
+    texts = shown(figure)
+    width, height = figure.bbox.size
+    for text, (left, low, right, high) in texts:
+        if left < 0 or low < 0 or right > width or high > height:
+            found.append(f"cut off: {text.get_text()!r}")
+        if text.get_fontsize() < 6.0:
+            found.append(f"too small: {text.get_text()!r}")
+    boxes = np.array([box for _, box in texts])
+    for i, (left, low, right, high) in enumerate(boxes):
+        wide = np.minimum(right, boxes[i + 1 :, 2]) - np.maximum(left, boxes[i + 1 :, 0])
+        tall = np.minimum(high, boxes[i + 1 :, 3]) - np.maximum(low, boxes[i + 1 :, 1])
+        for j in np.flatnonzero((wide > 0.5) & (tall > 0.5)):
+            found.append(f"overlap: {texts[i][0].get_text()!r} and {texts[i + 1 + j][0].get_text()!r}")
+    return found
+
+
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_every_kind_of_figure_is_drawn(drawn: dict[str, Figure]) -> None:
+    kinds = {name.removeprefix("kv-both-early-exit-") for name in drawn}
+    once = {"coefficients", "rank-consistency", "marginals", "variance", "signs"}
+    assert kinds == once | {f"{kind}-c{size}" for kind in ("accuracy", "difference", "grids") for size in ("0.5", "2")}
+
+
+def test_nothing_is_cut_off_small_or_overlapping(drawn: dict[str, Figure]) -> None:
+    problems = {name: clashes(figure) for name, figure in drawn.items()}
+    assert not {name: found for name, found in problems.items() if found}
+    for figure in drawn.values():
+        assert figure.get_figwidth() == pytest.approx(7.2) and figure.get_figheight() < 10.5
+
+
+def test_the_check_of_the_layout_can_fail() -> None:
+    figure = Figure(figsize=(2, 1))
+    figure.text(0.9, 0.5, "leaves the page")
+    figure.text(0.1, 0.5, "one over")
+    figure.text(0.12, 0.52, "another", fontsize=5)
+    kinds = sorted(problem.split(":")[0] for problem in clashes(figure))
+    assert kinds == ["cut off", "overlap", "too small"]
+
+
+def test_cell_texts_stay_in_their_cells(drawn: dict[str, Figure]) -> None:
+    for name in ("accuracy-c2", "difference-c2", "grids-c2"):
+        figure = drawn[f"kv-both-early-exit-{name}"]
+        boxes = {id(text): box for text, box in shown(figure)}
+        checked = 0
+        for axes in figure.axes:
+            if not axes.images:
+                continue
+            for text in axes.texts:
+                left, low, right, high = boxes[id(text)]
+                (x0, y0), (x1, y1) = axes.transData.inverted().transform([(left, low), (right, high)])
+                x, y = text.get_position()
+                assert max(abs(x0 - round(x)), abs(x1 - round(x))) <= 0.5, text.get_text()
+                assert max(abs(y0 - round(y)), abs(y1 - round(y))) <= 0.5, text.get_text()
+                checked += 1
+        assert checked >= 180
+
+
+def test_heatmaps_write_the_numbers_of_the_tables(view: View, drawn: dict[str, Figure]) -> None:
+    accuracy, difference = (drawn[f"kv-both-early-exit-{kind}-c2"] for kind in ("accuracy", "difference"))
+    main, below = [axes for axes in accuracy.axes if axes.images][:2]
+    rows = [label.get_text() for label in main.get_yticklabels()]
+    assert len(rows) == 30 and rows[0] == "1−2"
+    written = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in main.texts}
+    for _, cell in view.at(2.0).iterrows():
+        place = (cell["latent"] - 1, rows.index(f"{cell['source']}−{cell['target']}"))
+        low, high = (f"{100 * cell[f'accuracy_{side}']:.0f}" for side in ("lower", "upper"))
+        assert written[place] == f"{100 * cell['accuracy']:.1f} [{low}, {high}]"
+        assert main.images[0].get_array()[place[1], place[0]] == pytest.approx(cell["difference"])
+    labels = [label.get_text() for label in below.get_yticklabels()]
+    assert labels[:2] == ["baseline (unsteered)", "random directions"] and len(labels) == 7
+    base = view.baseline(3)["accuracy"]
+    assert any(text.get_text().startswith(f"{100 * base:.1f} [") for text in below.texts)
+    marked = [axes for axes in difference.axes if axes.images][0]
+    cells = view.at(2.0)
+    frames = [patch for patch in marked.patches if isinstance(patch, Rectangle)]
+    assert len(frames) == 2 * (cells["verdict"] != "none").sum() > 0  # a white and a black line each
+    dots = [line for line in marked.lines if line.get_marker() == "o"]
+    assert len(dots) == ((cells["q"] < 0.05) | (cells["fwer_p"] < 0.05)).sum()
+    filled = [dot for dot in dots if dot.get_markerfacecolor() != "none"]
+    assert 0 < len(filled) == (cells["fwer_p"] < 0.05).sum() < len(dots)
+
+
+def test_colours_are_centred_on_the_baseline(view: View, drawn: dict[str, Figure]) -> None:
+    for name, figure in drawn.items():
+        if "heat" in name or "accuracy" in name or "difference" in name or "grids" in name:
+            for axes in figure.axes:
+                for image in axes.images:
+                    low, high = image.get_clim()
+                    assert low == -high == -view.limit
+    middle, better, worse = (plots._DIVERGING(value)[:3] for value in (0.5, 0.9, 0.1))
+    assert min(middle) > 0.93  # equal to the baseline: white
+    assert better[2] > better[0] + 0.2 and worse[0] > worse[2] + 0.2  # blue against red, never red against green
+    for value in np.linspace(-0.4, 0.4, 41):  # text can be read on every colour
+        red, green, blue, _ = plots._DIVERGING((np.clip(value / 0.3, -1, 1) + 1) / 2)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        assert plots._ink(value, 0.3) == ("white" if dark else "black")
+
+
+def test_captions_say_how_many_and_against_what(drawn: dict[str, Figure]) -> None:
+    for name, figure in drawn.items():
+        text = " ".join(words(figure)).replace("\n", " ")
+        assert "80 prompts in 40 clusters" in text, name
+        assert "a-model-with-a-rather-long-name-1b" in text
+    text = " ".join(words(drawn["kv-both-early-exit-difference-c2"])).replace("\n", " ")
+    assert "95 % bootstrap over clusters" in text and "8 Gaussian directions" in text and "q < 0.05" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"timing": "cached", "sizes": (0.25, 0.5, 4.0), "pairs": 15, "latents": (6,)},
+        {"pairs": 1, "latents": (4,), "draws": 2},
+        {"controls": (), "signs": (1,)},
+        {
+            "space": "embedding",
+            "part": "both",
+            "timing": "continue",
+            "patches": ("patch-norm",),
+            "latents": (1, 2, 3, 4),
+        },
+    ],
+)
+def test_other_shapes_of_sweep(changes: dict) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (some,) = plots.views(stats.analyse(simulate_trials(**(SMALL | changes)), FAST))
+        figures = dict(plots.figures(some))
+        problems = {name: clashes(figure) for name, figure in figures.items()}
+    assert not {name: found for name, found in problems.items() if found}
+    assert any("difference" in name for name in figures)
+    assert any("signs" in name for name in figures) == (len(changes.get("signs", (1, -1))) == 2)
+
+
+def test_a_grid_in_which_nothing_happens() -> None:
+    trials = simulate_trials(**SMALL)
+    trials["correct"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (some,) = plots.views(stats.analyse(trials, FAST))
+        for name, figure in plots.figures(some):
+            assert not clashes(figure), name
+    assert some.limit == 0.05
+
+
+def test_cells_that_were_not_run_stay_empty() -> None:
+    trials = simulate_trials(**SMALL)
+    gone = (trials["control"] == "direction") & (trials["target"] == 3) & (trials["latent"] == 5)
+    (some,) = plots.views(stats.analyse(trials[~gone], FAST))
+    main = next(axes for axes in plots.accuracy_heatmap(some, 1.0).axes if axes.images)
+    empty = np.ma.getmaskarray(np.ma.masked_invalid(main.images[0].get_array()))
+    assert empty.sum() == 2 and len(main.texts) == empty.size - 2  # both names of the pair 1-3
+
+
+def test_a_run_folder(tmp_path: Path, capsys) -> None:
+    trials = simulate_trials(**SMALL)
+    (tmp_path / "trials").mkdir()
+    trials.to_parquet(tmp_path / "trials" / "part-0.parquet")
+    plots.main(plots.PlotConfig(tmp_path, dpi=60, settings=FAST))
+    files = sorted((tmp_path / "figures").iterdir())
+    assert {file.suffix for file in files} == {".png", ".pdf"}
+    assert len(files) == 2 * len({file.stem for file in files})
+    assert sorted(capsys.readouterr().out.split()) == [str(file) for file in files]
+    assert all(file.stat().st_size > 1000 for file in files)
+    first = {file.name: file.read_bytes() for file in files}
+    plots.draw(stats.analyse(trials, FAST), tmp_path, dpi=60, formats=("pdf",))  # as in the folder, byte for byte
+    assert first == {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+
+
+def test_legacy_labels_are_explained() -> None:
+    notes = plots._notes({"model": "x/y/tiny", "identity": {"options": {"legacy": True}}})
+    assert "Model: tiny." in notes and any("mean of B minus the mean of A" in note for note in notes)
+    assert plots._notes({"identity": {"options": {"legacy": False}}}) == ()
+
+
+def test_bad_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="formats must be among png, pdf, got svg"):
+        plots.draw(stats.analyse(simulate_trials(**SMALL), FAST), tmp_path, formats=("svg",))
+    with pytest.raises(ValueError, match="dpi must be in"):
+        plots.PlotConfig(tmp_path, dpi=0)
+
+
+def test_drawing_leaves_the_settings_of_the_process_alone(view: View) -> None:
+    before = dict(matplotlib.rcParams)
+    generator = plots.figures(view)
+    next(generator)
+    assert dict(matplotlib.rcParams) == before
