@@ -312,7 +312,7 @@ def test_shared_equals_clones(doubles: Any, kind: str, timing: Any) -> None:
     run = model.rollout(model.encode(QUESTIONS), N_LATENTS)
     for seed, space in enumerate(SPACES):
         # Coefficients of half a direction: some rows keep the answer of their prompt and confirm its draft.
-        table, branches = random_edits(model, space, seed=seed, scale=0.5)
+        table, branches = random_edits(model, space, seed=seed, size=40, scale=0.5)
         options: dict[str, Any] = {"timing": timing, "max_new_tokens": MAX_NEW, "keep_first_logits": True}
         clones = decode_branches(model, run, table, branches, engine="clones", **options)
         plain = decode_branches(model, run, table, branches, drafts=False, **options)
