@@ -495,7 +495,7 @@ def draw(table: pd.DataFrame, title: str = "") -> Figure:
                 image = ax.imshow(grid, origin="lower", aspect="auto", cmap=colours, **limits)
                 images[diverging] = image
                 ax.set_xticks(range(grid.shape[1]), grid.columns if row == len(targets) - 1 else [])
-                ax.set_yticks(range(len(grid)), grid.index)
+                ax.set_yticks(range(len(grid)) if space != "z" else [], grid.index if space != "z" else [])
                 ax.tick_params(length=0, pad=1.5)
                 if len(grid) > 10:
                     ax.set_yticks(range(0, len(grid), 4), grid.index[::4])
