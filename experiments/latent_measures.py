@@ -14,9 +14,9 @@ verdicts. Not a command of its own: `codi alternation` uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class Observations:
     problems: tuple[Problem, ...]
     states: np.ndarray
     readings: Readings
-    forms: dict[int | float, tuple[int, ...]]
+    forms: Mapping[Any, tuple[int, ...]]
     reference: Reference
     correct_after: np.ndarray | None = None
     correct_ablated: np.ndarray | None = None
@@ -146,7 +146,7 @@ def read(logits: Tensor, depth: int = DEPTH) -> tuple[np.ndarray, np.ndarray]:
 def chance_corrected(
     tokens: np.ndarray,
     values: Sequence[int | float | None],
-    forms: dict[int | float, tuple[int, ...]],
+    forms: Mapping[Any, tuple[int, ...]],
     clusters: np.ndarray,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -74,7 +74,7 @@ def test_contrast_is_steps_minus_answer() -> None:
     table = probe_table([("h", 1, 4)], [probe(coded, design)], design, resamples=200).set_index("target")
     gain = table["selectivity"]
     assert gain[CONTRAST] == pytest.approx(gain["step1"] - gain["answer"]) and gain[CONTRAST] > 0.3
-    assert np.isnan(table.loc[CONTRAST, "accuracy"])
+    assert table["accuracy"].isna()[CONTRAST]
 
 
 def test_a_number_with_too_many_values_is_read_by_regression(monkeypatch: pytest.MonkeyPatch) -> None:
