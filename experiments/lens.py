@@ -803,12 +803,12 @@ def difference(config: Difference, model: CodiModel, say: Callable[[str], None])
             write_figure(folder, f"difference-layer-{layer}", difference_figure(table, layer, note))
     cells = table[table["rank"] == 1]
     lines = [f"mean_A − mean_B over {sizes(problems)}; per lens and layer, over all pairs:"]
-    for (lens, layer), rows in cells.groupby(["lens", "layer"], sort=False):
+    for (lens, depth), rows in cells.groupby(["lens", "layer"], sort=False):
         same = [(r["source"] - r["target"]) % 2 == 0 for _, r in rows.iterrows()]
         other = [not s for s in same]
         common = rows["token"].value_counts()
         lines.append(
-            f"  {lens}, layer {layer}: halves of the prompts agree on {rows['overlap'].mean():.2f} of the top {TOP}; "
+            f"  {lens}, layer {depth}: halves of the prompts agree on {rows['overlap'].mean():.2f} of the top {TOP}; "
             f"number tokens {rows['numbers'].mean():.2f} (A, B of equal parity {rows['numbers'][same].mean():.2f}, of "
             f"unequal {rows['numbers'][other].mean():.2f}); {len(common)} different first tokens in {len(rows)} cells"
         )
@@ -942,9 +942,11 @@ def causal(config: Causal, model: CodiModel, say: Callable[[str], None]) -> None
         ("flipped", "first answer token changed, fraction"),
     ):
         mine = summary[summary["measure"] == measure].set_index("kind")
-        parts = [f"{kind} {span(*mine.loc[kind, ['mean', 'lower', 'upper']], digits=4)}" for kind in mine.index]
-        gap = mine.loc["random", ["lens_minus", "lens_minus_lower", "lens_minus_upper"]]
-        lines.append(f"  {words}: {'; '.join(parts)}; lens − random {span(*gap, digits=4)}")
+        kinds = mine.to_dict(orient="index")
+        parts = [f"{kind} {span(row['mean'], row['lower'], row['upper'], 4)}" for kind, row in kinds.items()]
+        other = kinds["random"]
+        less = span(other["lens_minus"], other["lens_minus_lower"], other["lens_minus_upper"], 4)
+        lines.append(f"  {words}: {'; '.join(parts)}; lens − random {less}")
     every = spearmanr(points["energy"], points["output"]).statistic
     inside = [
         spearmanr(cell["energy"], cell["output"]).statistic

@@ -477,10 +477,12 @@ def detect(
                         reads[i, rows] += seen / (len(thinking) * (model.n_layers + 1))
         advance(len(rows))
     own_several = np.where(where >= 0, several[where], True)
-    parts = [own_several[:, i] for i in range(n_steps)]
-    parts += [own_several[:, :n_steps].all(1)] if n_steps > 1 else []
-    parts += [own_several[:, n_steps]]
-    parts += [own_several[:, n_steps + 1 :].all(1)] if n_numbers else []
+    parts: list[np.ndarray] = [own_several[:, i] for i in range(n_steps)]
+    if n_steps > 1:
+        parts.append(np.asarray(own_several[:, :n_steps].all(axis=1)))
+    parts.append(own_several[:, n_steps])
+    if n_numbers:
+        parts.append(np.asarray(own_several[:, n_steps + 1 :].all(axis=1)))
     assert len(columns) == where.shape[1]
     return Detection(
         problems=tuple(problems),
@@ -756,24 +758,27 @@ def transfer_table(
     frames = []
     for i, lens in enumerate(every):
         layers = [-1, *range(model.n_layers)]
-        values = np.concatenate([found[i].mean(-1, keepdims=True), found[i]], axis=-1).reshape(len(problems), -1)
-        plain = np.concatenate([found[0].mean(-1, keepdims=True), found[0]], axis=-1).reshape(len(problems), -1)
-        same = np.concatenate([agree[i].mean(-1, keepdims=True), agree[i]], axis=-1).reshape(len(problems), -1)
+        measured, before, alike = (_with_mean(values) for values in (found[i], found[0], agree[i]))
         frame = pd.MultiIndex.from_product([positions, layers], names=["position", "layer"]).to_frame(index=False)
         frame.insert(0, "lens", lens.name)
-        level = mean_interval(values, clusters, resamples, seed, (0.0, np.inf))
-        change = mean_interval(values - plain, clusters, resamples, seed, (-np.inf, np.inf))
+        level = mean_interval(measured, clusters, resamples, seed, (0.0, np.inf))
+        change = mean_interval(measured - before, clusters, resamples, seed, (-np.inf, np.inf))
         frame["divergence"], frame["lower"], frame["upper"] = level["mean"], level["lower"], level["upper"]
-        frame["plain"] = plain.mean(axis=0)
+        frame["plain"] = before.mean(axis=0)
         frame["change"], frame["change_lower"], frame["change_upper"] = (
             change["mean"],
             change["lower"],
             change["upper"],
         )
-        frame["agreement"] = same.mean(axis=0)
+        frame["agreement"] = alike.mean(axis=0)
         frame["n"], frame["n_clusters"] = level["n"], level["n_clusters"]
         frames.append(frame[frame["n"] > 0])
     return pd.concat(frames, ignore_index=True)
+
+
+def _with_mean(values: np.ndarray) -> np.ndarray:
+    """(prompt, position, layer) -> (prompt, position × (mean over layers, then every layer))."""
+    return np.concatenate([values.mean(-1, keepdims=True), values], axis=-1).reshape(len(values), -1)
 
 
 # --- Causes -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 WIDTH = 7.2
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.0,
     "axes.titlesize": 7.5,

@@ -170,13 +170,13 @@ def text_states(prefill: Prefill, per_prompt: int, leave: int = 0, generator: to
         raise ValueError(f"per_prompt must be at least 1 token, got {per_prompt}")
     mask = prefill.attention_mask.cpu()
     rows, places = [], []
-    for row, real in enumerate(mask):
+    for index, real in enumerate(mask):
         found = real.nonzero()[:, 0]
         found = found[: max(len(found) - leave, 1)]
         if generator is not None:
             found = found[torch.randperm(len(found), generator=generator)[:per_prompt].sort().values]
         places.append(found[-per_prompt:])
-        rows.append(torch.full_like(places[-1], row))
+        rows.append(torch.full_like(places[-1], index))
     device = prefill.state.device
     row, place = torch.cat(rows).to(device), torch.cat(places).to(device)
     return States(prefill.prompt_hidden_states[row, place], torch.full_like(row, TEXT), row)
