@@ -44,7 +44,17 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.report import CONTROL_NAMES, family_name, number
 from experiments.runs import RunFolder
-from experiments.stats import FAMILY, PAIR_CONTROLS, PATCH_CONTROLS, Analysis, Settings, analyse, load_trials
+from experiments.stats import (
+    FAMILY,
+    PAIR_CONTROLS,
+    PATCH_CONTROLS,
+    Analysis,
+    Overrides,
+    Settings,
+    analyse,
+    load_trials,
+    settings_of,
+)
 
 __all__ = ["FORMATS", "PlotConfig", "View", "draw", "figures", "main", "render", "views"]
 
@@ -113,8 +123,8 @@ class View:
 
     @property
     def limit(self) -> float:
-        """Half the range of the diverging colours: the 98th percentile of |difference|, at least 5 points."""
-        return max(0.05, float(np.ceil(20 * self.cells["difference"].abs().quantile(0.98)) / 20))
+        """Half the range of the diverging colours: the 98th percentile of |difference|, at least 10 points."""
+        return max(0.1, float(np.ceil(20 * self.cells["difference"].abs().quantile(0.98)) / 20))
 
     def at(self, size: float) -> pd.DataFrame:
         """Ordered pairs at c = +size."""
@@ -570,7 +580,8 @@ def coefficient_curves(view: View) -> Figure:
         for place, pair in enumerate(chosen)
     ]
     handles += [Line2D([], [], color="black", lw=1.6, label="mean of pairs")]
-    handles += [Line2D([], [], color=_GREY, lw=0.6, label="other pairs")]
+    if pairs > len(chosen):
+        handles += [Line2D([], [], color=_GREY, lw=0.6, label="other pairs")]
     if "random" in set(view.controls["control"]):
         handles += [Line2D([], [], color="#555555", lw=0.9, ls=(0, (4, 2)), label="random, mean")]
         handles += [Patch(fc="#d9d9d9", label="random, single draws")]
@@ -912,7 +923,7 @@ class PlotConfig:
     """Run folder of `codi sweep` (it holds trials/part-*.parquet)."""
     dpi: int = DPI
     """Dots per inch of the PNG files."""
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    settings: Annotated[Overrides, tyro.conf.arg(name="")] = field(default_factory=Overrides)
 
     def __post_init__(self) -> None:
         if not 50 <= self.dpi <= 1200:
@@ -920,7 +931,8 @@ class PlotConfig:
 
 
 def main(config: PlotConfig) -> None:
-    analysis = analyse(load_trials(config.run), config.settings)
+    trials = load_trials(config.run)
+    analysis = analyse(trials, settings_of(config.run, config.settings))
     written = draw(analysis, config.run, dpi=config.dpi)
     if not written:
         print(f"nothing to draw: {config.run} holds no direction cells")

@@ -48,6 +48,7 @@ max(alpha, 2 / (1 + D)), that is, with 20 draws the cell lies outside all of the
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ __all__ = [
     "Analysis",
     "Estimate",
     "Family",
+    "Overrides",
     "Settings",
     "StatsConfig",
     "accuracy_interval",
@@ -83,6 +85,7 @@ __all__ = [
     "paired_interval",
     "rank_consistency",
     "rank_correlations",
+    "settings_of",
     "sign_flip_p",
     "sign_symmetry",
     "variance_shares",
@@ -1174,18 +1177,53 @@ def write(analysis: Analysis, run: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
+class Overrides:
+    """Settings given on the command line; what is not given stays as it was in the run folder."""
+
+    resamples: int | None = None
+    """Bootstrap resamples of clusters behind every interval. None: as before in this folder, else 2000."""
+    permutations: int | None = None
+    """Sign flips behind the family-wise p, permutations behind rank consistency. None: as before, else 5000."""
+    level: float | None = None
+    """Coverage of the intervals, a fraction. None: as before, else 0.95."""
+    alpha: float | None = None
+    """Level at which a corrected p-value counts, a fraction. None: as before, else 0.05."""
+    seed: int | None = None
+    """Seed of resamples and permutations: same trials and settings, same tables. None: as before, else 0."""
+
+
+def settings_of(run: Path, given: Overrides | None = None) -> Settings:
+    """The settings of a run folder's statistics (statistics/settings.json, if any) with what is given in their place.
+
+    Raises:
+        ValueError: an impossible value, or a damaged settings.json.
+    """
+    path = run / "statistics" / "settings.json"
+    stored: dict[str, Any] = {}
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            Settings(**stored)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to go back to the defaults") from error
+    changed = {name: value for name, value in vars(given or Overrides()).items() if value is not None}
+    return Settings(**(stored | changed))
+
+
+@dataclass(frozen=True)
 class StatsConfig:
     """Recompute the statistics of a run folder from its trials alone, write them there and print a summary."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of `codi sweep` (it holds trials/part-*.parquet)."""
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    settings: Annotated[Overrides, tyro.conf.arg(name="")] = field(default_factory=Overrides)
 
 
 def main(config: StatsConfig) -> None:
     from experiments import report
 
-    analysis = analyse(load_trials(config.run), config.settings)
+    trials = load_trials(config.run)
+    analysis = analyse(trials, settings_of(config.run, config.settings))
     write(analysis, config.run)
     print(report.summary(analysis, run=config.run))
 

@@ -208,7 +208,7 @@ def test_a_grid_in_which_nothing_happens() -> None:
         (some,) = plots.views(stats.analyse(trials, FAST))
         for name, figure in plots.figures(some):
             assert not clashes(figure), name
-    assert some.limit == 0.05
+    assert some.limit == 0.1
 
 
 def test_cells_that_were_not_run_stay_empty() -> None:
@@ -224,7 +224,7 @@ def test_a_run_folder(tmp_path: Path, capsys) -> None:
     trials = simulate_trials(**SMALL)
     (tmp_path / "trials").mkdir()
     trials.to_parquet(tmp_path / "trials" / "part-0.parquet")
-    plots.main(plots.PlotConfig(tmp_path, dpi=60, settings=FAST))
+    plots.main(plots.PlotConfig(tmp_path, dpi=60, settings=stats.Overrides(150, 150)))
     files = sorted((tmp_path / "figures").iterdir())
     assert {file.suffix for file in files} == {".png", ".pdf"}
     assert len(files) == 2 * len({file.stem for file in files})

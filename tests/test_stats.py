@@ -538,15 +538,19 @@ def test_a_run_folder_is_recomputed_from_its_trials_alone(trials: pd.DataFrame, 
     half = len(trials) // 2
     trials.iloc[:half].to_parquet(tmp_path / "trials" / "part-00000.parquet")
     trials.iloc[half:].to_parquet(tmp_path / "trials" / "part-00001.parquet")
-    stats.main(stats.StatsConfig(tmp_path, FAST))
+    stats.main(stats.StatsConfig(tmp_path, stats.Overrides(300, 300)))
     assert "baseline" in capsys.readouterr().out.lower()
     written = pd.read_parquet(tmp_path / "cells.parquet")
     pd.testing.assert_frame_equal(written, stats.cell_statistics(trials, FAST))
     first = (tmp_path / "cells.csv").read_bytes()
-    stats.main(stats.StatsConfig(tmp_path, FAST))
+    stats.main(stats.StatsConfig(tmp_path))  # the settings are those of the folder
     assert (tmp_path / "cells.csv").read_bytes() == first
     assert not list(tmp_path.rglob(".*")), "no temporary file is left"
-    assert (tmp_path / "statistics" / "settings.json").exists()
+    assert stats.settings_of(tmp_path) == FAST
+    assert stats.settings_of(tmp_path, stats.Overrides(seed=5)) == Settings(300, 300, seed=5)
+    (tmp_path / "statistics" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="settings.json is damaged"):
+        stats.settings_of(tmp_path)
 
 
 def test_a_folder_without_trials_is_refused(tmp_path: Path) -> None:
