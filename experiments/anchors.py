@@ -39,7 +39,7 @@ from torch import Tensor
 from codi import Intervention, Prefill
 from codi.decode import decode_answers
 from codi.rope import rotate, unrotate
-from experiments.claims import Claim, ClaimsTable, judge
+from experiments.claims import ClaimsTable, judge
 from experiments.split import Split
 from experiments.study import (
     ReplaceRows,
@@ -51,6 +51,7 @@ from experiments.study import (
     divergence,
     draw_matrix,
     draw_series,
+    effect_claim,
     forced,
     interval,
     levels,
@@ -59,6 +60,7 @@ from experiments.study import (
     new_figure,
     open_study,
     p_text,
+    row_of,
     stderr,
     think,
 )
@@ -89,7 +91,7 @@ class Config(StudyOptions):
     """Number of evaluation prompts (a seeded choice); None: all."""
     draws: int = 3
     """Donors per prompt and latent, and draws of noise and of random prompt positions."""
-    shuffles: int = 500
+    shuffles: int = 1000
     """Shuffles behind the p-values of receiver heads."""
 
     def __post_init__(self) -> None:
@@ -382,48 +384,28 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
 def published_claims(tables: dict[str, pd.DataFrame], n: int) -> ClaimsTable:
     """C3 and C4 as resampling sees them."""
     claims = ClaimsTable()
-    table = tables["importance_flip"].set_index("condition")
     for k in range(1, n + 1):
-        row = table.loc[f"vector unmatched {k}"]
+        row = row_of(tables["importance_flip"], f"vector unmatched {k}")
         matters = k in (3, 5)
+        text = f"a latent of another key {'changes' if matters else 'does not change'} the answer"
+        rule = f"flips, other key minus same key, are {'above 0' if matters else 'below 0.05'}"
         bound = {"above": 0.0} if matters else {"below": 0.05}
-        claims.add(
-            Claim(
-                f"C3 (resampled {k})",
-                f"a latent of another key {'changes' if matters else 'does not change'} the answer",
-                f"flips, other key minus same key, are {'above 0' if matters else 'below 0.05'}",
-                judge(row["lower"], row["upper"], **bound),
-                float(row["difference"]),
-                float(row["lower"]),
-                float(row["upper"]),
-                int(row["n"]),
-                int(row["n_clusters"]),
-            )
-        )
-    level = tables["resampled_flip"].set_index("condition")
+        verdict = judge(row["lower"], row["upper"], **bound)
+        claims.add(effect_claim(f"C3 (resampled {k})", text, rule, verdict, row))
     for k in (n - 1, n):
-        row = level.loc[f"vector noise {k}"]
+        row = row_of(tables["resampled_flip"], f"vector noise {k}")
+        text = "a random vector in one of the last two latents does no harm"
+        verdict = judge(row["lower"], row["upper"], below=0.05)
         claims.add(
-            Claim(
-                f"C4 (noise {k})",
-                "a random vector in one of the last two latents does no harm",
-                "share of changed answers is below 0.05",
-                judge(row["lower"], row["upper"], below=0.05),
-                float(row["mean"]),
-                float(row["lower"]),
-                float(row["upper"]),
-                int(row["n"]),
-                int(row["n_clusters"]),
-            )
+            effect_claim(f"C4 (noise {k})", text, "share of changed answers is below 0.05", verdict, row, of="mean")
         )
     return claims
 
 
 def words(tables: dict[str, pd.DataFrame], n: int) -> list[str]:
     """The summary, paragraph by paragraph."""
-    kl, flip = tables["importance_kl"].set_index("condition"), tables["importance_flip"].set_index("condition")
-    level = tables["resampled_kl"].set_index("condition")
-    first = kl.iloc[0]
+    kl, flip, level = tables["importance_kl"], tables["importance_flip"], tables["resampled_kl"]
+    first = row_of(kl, "vector unmatched 1")
     lines = [
         f"{int(first['n'])} prompts in {int(first['n_clusters'])} clusters; KL in nats, flips in points; 95 % "
         "intervals "
@@ -437,26 +419,28 @@ def words(tables: dict[str, pd.DataFrame], n: int) -> list[str]:
     for k in range(1, n + 1):
         cells = []
         for what in ("vector", "slot"):
-            row = kl.loc[f"{what} unmatched {k}"]
+            row = row_of(kl, f"{what} unmatched {k}")
             cells.append(interval(row, "difference", 1, 3) + ("*" if row["q"] < 0.05 else ""))
-            row = flip.loc[f"{what} unmatched {k}"]
+            row = row_of(flip, f"{what} unmatched {k}")
             cells.append(interval(row, "difference") + ("*" if row["q"] < 0.05 else ""))
-        same, noise = level.loc[f"vector matched {k}", "mean"], level.loc[f"vector noise {k}", "mean"]
+        same, noise = (row_of(level, f"vector {kind} {k}")["mean"] for kind in ("matched", "noise"))
         lines.append(f"| {k} | " + " | ".join(cells) + f" | {same:.3f} / {noise:.3f} |")
     texts = ["\n".join(lines)]
     anchors = {}
     for what in ("vector", "slot"):
-        part = kl[kl.index.str.startswith(f"{what} unmatched")]
-        anchors[what] = [int(name.split()[-1]) for name in part.index[(part["q"] < 0.05) & (part["difference"] > 0)]]
+        part = kl[kl["condition"].str.startswith(f"{what} unmatched")]
+        anchors[what] = [
+            int(name.split()[-1]) for name in part["condition"][(part["q"] < 0.05) & (part["difference"] > 0)]
+        ]
     texts.append(
         "**Anchors** (importance by KL survives correction): "
         + "; ".join(f"{what}: {', '.join(map(str, found)) or 'none'}" for what, found in anchors.items())
         + "."
     )
-    edges = tables["edges_kl"].set_index("condition")
+    edges = tables["edges_kl"]
     strong = edges[(edges["q"] < 0.05) & (edges["difference"] > 0)].sort_values("difference", ascending=False)
-    latent_edges = strong[~strong.index.str.startswith("prompt")]
-    named = [f"{name}: {interval(row, 'difference', 1, 3)}" for name, row in latent_edges.head(8).iterrows()]
+    latent_edges = strong[~strong["condition"].str.startswith("prompt")]
+    named = [f"{r['condition']}: {interval(r, 'difference', 1, 3)}" for _, r in latent_edges.head(8).iterrows()]
     texts.append(
         "**Dependencies** (source > reader; KL at the answer when the edge is cut, minus a random prompt position): "
         + (
@@ -466,8 +450,8 @@ def words(tables: dict[str, pd.DataFrame], n: int) -> list[str]:
         )
         + "."
     )
-    prompt = edges.loc["prompt > answer"]
-    moved = tables["edges_flip"].set_index("condition").loc["prompt > answer"]
+    prompt = row_of(edges, "prompt > answer")
+    moved = row_of(tables["edges_flip"], "prompt > answer")
     texts.append(
         f"Hiding the whole prompt from the answer: KL {interval(prompt, 'difference', 1, 3)} ({p_text(prompt['p'])}) "
         f"above a random position, flips {interval(moved, 'difference')} points."
@@ -478,12 +462,12 @@ def words(tables: dict[str, pd.DataFrame], n: int) -> list[str]:
     text += "every prompt (q < 0.05)"
     if len(found):
         named = []
-        for _, row in found.head(4).iterrows():
-            share = row[f"share_{int(row['top'])}"]
+        for _, head in found.head(4).iterrows():
+            share = head[f"share_{int(head['top'])}"]
             named.append(
-                f"layer {row['layer']:.0f} head {row['head']:.0f} → latent {row['top']:.0f} ({100 * share:.0f} "
+                f"layer {head['layer']:.0f} head {head['head']:.0f} → latent {head['top']:.0f} ({100 * share:.0f} "
                 "% of its "
-                f"attention to latents, which is {row['mass']:.2f} of all)"
+                f"attention to latents, which is {head['mass']:.2f} of all)"
             )
         text += "; the clearest: " + ", ".join(named)
     texts.append(text + ".")

@@ -47,6 +47,7 @@ from experiments.study import (
     new_figure,
     open_study,
     p_text,
+    row_of,
     stderr,
 )
 from experiments.tasks import Problem
@@ -252,10 +253,11 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
 
 def words(tables: dict[str, pd.DataFrame], n: int, threshold: float, config: Config) -> list[str]:
     """The summary, paragraph by paragraph."""
-    exit_, agreement, steps = (tables[name].set_index("condition") for name in ("exits", "agreement", "steps"))
+    exit_, agreement, steps = (tables[name] for name in ("exits", "agreement", "steps"))
+    final = row_of(exit_, str(n))
     calibrated = tables["calibration"].set_index("latent")
     lines = [
-        f"{int(exit_.loc[str(n), 'n'])} prompts of {config.task} in {int(exit_.loc[str(n), 'n_clusters'])} "
+        f"{int(final['n'])} prompts of {config.task} in {int(final['n_clusters'])} "
         "clusters; per "
         "cent, 95 % intervals over clusters. Gain: against one latent fewer (* q < 0.05).",
         "",
@@ -264,28 +266,30 @@ def words(tables: dict[str, pd.DataFrame], n: int, threshold: float, config: Con
     ]
     for k in range(n + 1):
         row = calibrated.loc[k]
-        gain = (
-            "" if k == 0 else interval(steps.loc[str(k)], "difference") + ("*" if steps.loc[str(k), "q"] < 0.05 else "")
-        )
+        gain = ""
+        if k > 0:
+            step = row_of(steps, str(k))
+            gain = interval(step, "difference") + ("*" if step["q"] < 0.05 else "")
         lines.append(
-            f"| {k} | {interval(exit_.loc[str(k)])} | {gain} | {interval(agreement.loc[str(k)])} | "
+            f"| {k} | {interval(row_of(exit_, str(k)))} | {gain} | {interval(row_of(agreement, str(k)))} | "
             f"{row['confidence']:.2f} | {row['ece']:.3f} [{row['ece_lower']:.3f}, {row['ece_upper']:.3f}] | "
             f"{row['skill']:.2f} | {row['auroc']:.2f} |"
         )
     texts = ["\n".join(lines)]
-    policy, cost = tables["policies"], tables["cost"].set_index("condition")
+    policy, cost = tables["policies"], tables["cost"]
     found = []
     for name in ("confidence", "stable", "oracle"):
-        row = policy[(policy["condition"] == name) & (policy["reference"] == f"fixed {n}")].iloc[0]
+        change = row_of(policy, name, f"fixed {n}")
         found.append(
-            f"{name}: {n - cost.loc[name, 'mean']:.2f} of {n} latents saved at {interval(row, 'difference')} points of "
-            f"accuracy ({p_text(row['p'])})"
+            f"{name}: {n - row_of(cost, name)['mean']:.2f} of {n} latents saved at "
+            f"{interval(change, 'difference')} points of "
+            f"accuracy ({p_text(change['p'])})"
         )
     texts.append(f"**Policies** (threshold {threshold:.3f} from the derivation prompts). " + "; ".join(found) + ".")
     control = []
     for name in ("confidence", "stable"):
-        row = policy[(policy["condition"] == name) & (policy["reference"] == f"{name}, shuffled")].iloc[0]
-        control.append(f"{name} {interval(row, 'difference')} points ({p_text(row['p'])})")
+        change = row_of(policy, name, f"{name}, shuffled")
+        control.append(f"{name} {interval(change, 'difference')} points ({p_text(change['p'])})")
     texts.append(
         "**Is it the prompt that decides?** Against the same stopping times dealt out to other prompts: "
         + "; ".join(control)

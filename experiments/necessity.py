@@ -43,6 +43,7 @@ from experiments.study import (
     compare,
     draw_matrix,
     draw_series,
+    effect_claim,
     interval,
     levels,
     load_model,
@@ -51,6 +52,7 @@ from experiments.study import (
     open_study,
     p_text,
     replace_embeddings,
+    row_of,
     stderr,
     think,
 )
@@ -242,9 +244,9 @@ def shapley_table(trials: pd.DataFrame, n: int, settings: Settings) -> pd.DataFr
     wide = trials.groupby(["cluster", "prompt_id", "condition"], sort=True)["correct"].mean().unstack()
     parts, reference = [], []
     for kind in ON_ALL_SUBSETS:
-        values = shapley(wide, kind, n).stack().rename("value").reset_index()
-        values.columns = ["cluster", "prompt_id", "latent", "value"]
-        parts.append(values.assign(condition=[f"{kind} {latent}" for latent in values["latent"]]))
+        values = shapley(wide, kind, n)
+        names = wide.index.to_frame(index=False)
+        parts += [names.assign(condition=f"{kind} {k}", value=values[k].to_numpy()) for k in values]
     zero = parts[0][["cluster", "prompt_id"]].drop_duplicates()
     reference.append(zero.assign(condition="zero", value=0.0))
     long = pd.concat([*parts, *reference], ignore_index=True)
@@ -257,29 +259,21 @@ def shapley_table(trials: pd.DataFrame, n: int, settings: Settings) -> pd.DataFr
     return table[kept].rename(columns={"difference": "value"})
 
 
-def _row(table: pd.DataFrame, condition: str, reference: str | None = None) -> pd.Series:
-    found = table[table["condition"] == condition]
-    if reference is not None:
-        found = found[found["reference"] == reference]
-    assert len(found) == 1, f"{condition!r} against {reference!r}: {len(found)} rows"
-    return found.iloc[0]
-
-
 def number_claims(steps: pd.DataFrame, n: int) -> list[Claim]:
     """C1, from paired changes of accuracy per latent (conditions "0".."n")."""
     if n != 6:
         note = f"the claim is about 6 latents, this model has {n}"
         return [Claim("C1", "accuracy peaks at 5 latents", "", "not testable", note=note)]
-    jump, sixth = _row(steps, "5", "4"), _row(steps, "6", "5")
+    jump, sixth = row_of(steps, "5", "4"), row_of(steps, "6", "5")
     return [
-        _claim(
+        effect_claim(
             "C1 (jump)",
             "accuracy jumps from 4 to 5 latents",
             "accuracy(5) − accuracy(4) is above 0",
             judge(jump["lower"], jump["upper"], above=0.0),
             jump,
         ),
-        _claim(
+        effect_claim(
             "C1 (sixth)",
             "the sixth latent adds nothing",
             f"accuracy(6) − accuracy(5) is below {MARGIN}",
@@ -296,9 +290,9 @@ def published_claims(tables: dict[str, pd.DataFrame], n: int) -> ClaimsTable:
     for kind in ("coordinate", "scalar", "norm"):
         condition = name_of(kind, (n - 1, n))
         if condition in set(effects["condition"]):
-            row = _row(effects, condition)
+            row = row_of(effects, condition)
             claims.add(
-                _claim(
+                effect_claim(
                     f"C4 ({kind})",
                     "random vectors in the last two latents do no harm",
                     f"paired change of accuracy is above −{MARGIN}",
@@ -309,31 +303,24 @@ def published_claims(tables: dict[str, pd.DataFrame], n: int) -> ClaimsTable:
     return claims
 
 
-def _claim(name: str, text: str, rule: str, verdict: Any, row: pd.Series) -> Claim:
-    return Claim(
-        name, text, rule, verdict, float(row["difference"]), float(row["lower"]), float(row["upper"]),
-        int(row["n"]), int(row["n_clusters"]),
-    )  # fmt: skip
-
-
 def words(tables: dict[str, pd.DataFrame], n: int, config: Config) -> list[str]:
     """The summary, paragraph by paragraph."""
     count, effects = tables["counts"], tables["effects"]
-    base = _row(count, str(n))
+    base = row_of(count, str(n))
     texts = [
         f"{int(base['n'])} prompts of {config.task} in {int(base['n_clusters'])} clusters; accuracy and differences in "
         "per cent and points, with 95 % intervals over clusters.",
         "**How many.** Accuracy after k latents: "
-        + "; ".join(f"{k}: {interval(_row(count, str(k)))}" for k in range(n + 1))
-        + f". Direct answer: {interval(_row(count, 'direct'))}; after a written chain: "
-        f"{interval(_row(count, 'verbal'))}.",
+        + "; ".join(f"{k}: {interval(row_of(count, str(k)))}" for k in range(n + 1))
+        + f". Direct answer: {interval(row_of(count, 'direct'))}; after a written chain: "
+        f"{interval(row_of(count, 'verbal'))}.",
     ]
     lines = ["**Which one.** Change of accuracy when one latent is replaced (q: over all replacements tried):", ""]
     lines += ["| latent | " + " | ".join(KINDS) + " |", "|---|" + "---|" * len(KINDS)]
     for k in range(1, n + 1):
         cells = []
         for kind in KINDS:
-            row = _row(effects, name_of(kind, (k,)))
+            row = row_of(effects, name_of(kind, (k,)))
             cells.append(interval(row, "difference") + ("*" if row["q"] < 0.05 else ""))
         lines.append(f"| {k} | " + " | ".join(cells) + " |")
     lines.append("\n\\* q < 0.05.")
@@ -342,7 +329,7 @@ def words(tables: dict[str, pd.DataFrame], n: int, config: Config) -> list[str]:
         table = tables["shapley"]
         for kind in ON_ALL_SUBSETS:
             part = table[table["kind"] == kind]
-            whole = _row(effects, name_of(kind, range(1, n + 1)))
+            whole = row_of(effects, name_of(kind, range(1, n + 1)))
             needed = part[(part["q"] < 0.05) & (part["value"] > 0)]["latent"].tolist()
             shares = ", ".join(f"{int(r['latent'])}: {interval(r, 'value')}" for _, r in part.iterrows())
             texts.append(
@@ -367,7 +354,7 @@ def _sufficient(table: pd.DataFrame, n: int) -> str:
         best = None
         for kept in itertools.combinations(range(1, n + 1), size):
             gone = tuple(k for k in range(1, n + 1) if k not in kept)
-            row = _row(table, name_of("mean", gone))
+            row = row_of(table, name_of("mean", gone))
             if best is None or row["mean"] > best[1]["mean"]:
                 best = (kept, row)
         assert best is not None
@@ -384,22 +371,22 @@ def figures(tables: dict[str, pd.DataFrame], n: int) -> dict[str, Any]:
     count, level = tables["counts"], tables["levels"]
     figure, axes = new_figure(1, 3, height=2.5)
     left, middle, right = axes[0]
-    rows = pd.DataFrame([_row(count, str(k)) for k in range(n + 1)])
+    rows = pd.DataFrame([row_of(count, str(k)) for k in range(n + 1)])
     draw_series(left, range(n + 1), rows, "after k latents", 2)
     for name, label, colour, style in (
         ("direct", "direct", PALETTE[6], ":"),
         ("verbal", "written chain", PALETTE[3], "--"),
     ):
-        left.axhline(100 * _row(count, name)["mean"], color=colour, linestyle=style, linewidth=1.1, label=label)
+        left.axhline(100 * row_of(count, name)["mean"], color=colour, linestyle=style, linewidth=1.1, label=label)
     left.set(xlabel="number of latents", ylabel="accuracy (%)", title="How many latents", xticks=range(n + 1))
     left.legend(loc="best")
     for axis, title, chosen in (
         (middle, "One latent replaced", [(k,) for k in range(1, n + 1)]),
         (right, "Latents 1..k replaced", [tuple(range(1, k + 1)) for k in range(1, n + 1)]),
     ):
-        axis.axhline(100 * _row(level, "none")["mean"], color="black", linewidth=0.9, label="unedited")
+        axis.axhline(100 * row_of(level, "none")["mean"], color="black", linewidth=0.9, label="unedited")
         for place, kind in enumerate(KINDS):
-            rows = pd.DataFrame([_row(level, name_of(kind, one)) for one in chosen])
+            rows = pd.DataFrame([row_of(level, name_of(kind, one)) for one in chosen])
             draw_series(axis, range(1, n + 1), rows, kind, place)
         axis.set(xlabel="latent k", title=title, xticks=range(1, n + 1))
     handles, labels = middle.get_legend_handles_labels()
@@ -414,7 +401,7 @@ def figures(tables: dict[str, pd.DataFrame], n: int) -> dict[str, Any]:
         first = [c for c in [(), *subsets(half)]]
         second = [tuple(k + half for k in c) for c in [(), *subsets(n - half)]]
         for axis, kind in zip(axes[0], ON_ALL_SUBSETS, strict=False):
-            values = np.array([[100 * _row(level, name_of(kind, (*a, *b)))["mean"] for b in second] for a in first])
+            values = np.array([[100 * row_of(level, name_of(kind, (*a, *b)))["mean"] for b in second] for a in first])
             labels = [["".join(map(str, c)) or "–" for c in group] for group in (first, second)]
             draw_matrix(axis, values, labels[0], labels[1], f"Accuracy (%), {kind}", bar=False)
             axis.set(ylabel=f"replaced among 1..{half}", xlabel=f"replaced among {half + 1}..{n}")

@@ -23,7 +23,7 @@ Runs as `codi patch` or `python -m experiments.patch`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ from experiments.study import (
     compare,
     draw_matrix,
     draw_series,
+    effect_claim,
     interval,
     levels,
     load_model,
@@ -55,6 +56,7 @@ from experiments.study import (
     new_figure,
     open_study,
     replace_embeddings,
+    row_of,
     stderr,
     think,
 )
@@ -231,8 +233,8 @@ def value_patching(model: CodiModel, thoughts: Thoughts, bank: Bank, config: Con
             elsewhere: dict[float, list[int]] = defaultdict(list)
             for (s, template), pool in pools.items():
                 if s == step and template != problem.template:
-                    for value, members in pool.items():
-                        elsewhere[value] += members
+                    for value, rows in pool.items():
+                        elsewhere[value] += rows
             values = [v for v in sorted(set(same) & set(elsewhere)) if v not in (own, 0)]
             if len(values) < 2:
                 continue
@@ -241,13 +243,13 @@ def value_patching(model: CodiModel, thoughts: Thoughts, bank: Bank, config: Con
             propagated = target * z + target if step == 1 else step1 + target
             for scope, pool in (("same template", same), ("other templates", elsewhere)):
                 for kind, value in (("target", target), ("control", third), ("none", own)):
-                    members = group(sorted(pool[value])) if kind != "none" else -1
+                    chosen = group(sorted(pool[value])) if kind != "none" else -1
                     for state in ("vector", "residual"):
                         for k in latents:
                             if kind == "none" and (k != latents[0] or state != "vector"):
                                 continue
                             prompt.append(i)
-                            which.append(members)
+                            which.append(chosen)
                             where = "" if kind == "none" else f" {state} {k}"
                             columns["condition"].append(f"{kind} step{step} {scope}{where}")
                             for name, entry in (
@@ -510,14 +512,6 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         return Result(study.path, tables, claims, text)
 
 
-def _row(table: pd.DataFrame, condition: str, reference: str | None = None) -> pd.Series:
-    found = table[table["condition"] == condition]
-    if reference is not None:
-        found = found[found["reference"] == reference]
-    assert len(found) == 1, f"{condition!r} against {reference!r}: {len(found)} rows"
-    return found.iloc[0]
-
-
 def _value_name(step: int, scope: str, state: str, latent: int) -> str:
     return f"target step{step} {scope} {state} {latent}"
 
@@ -526,9 +520,9 @@ def published_claims(tables: dict[str, pd.DataFrame], n: int, config: Config) ->
     """C3 and C5."""
     claims = ClaimsTable()
     if "means" in tables:
-        base = float(_row(tables["means"], "mean 1", "none")["reference_mean"])
+        base = float(row_of(tables["means"], "mean 1", "none")["reference_mean"])
         for k in range(1, n + 1):
-            row = _row(tables["means"], f"other key {k}", f"same key {k}")
+            row = row_of(tables["means"], f"other key {k}", f"same key {k}")
             name = f"C3 (latent {k})"
             if base < ENOUGH:
                 note = f"unedited accuracy is {base:.2f}: there is too little to lose"
@@ -538,14 +532,14 @@ def published_claims(tables: dict[str, pd.DataFrame], n: int, config: Config) ->
             text = "mean of another key hurts" if matters else "mean of another key does no harm"
             rule = "accuracy against the same key's mean is " + ("below 0" if matters else "above −0.05")
             bound = {"below": 0.0} if matters else {"above": -0.05}
-            claims.add(_claim(name, text, rule, judge(row["lower"], row["upper"], **bound), row))
+            claims.add(effect_claim(name, text, rule, judge(row["lower"], row["upper"], **bound), row))
     if "values_local" in tables:
         k = min(5, n)
         for scope in ("same template", "other templates"):
             for state in ("vector", "residual"):
-                row = _row(tables["values_local"], _value_name(2, scope, state, k))
+                row = row_of(tables["values_local"], _value_name(2, scope, state, k))
                 claims.add(
-                    _claim(
+                    effect_claim(
                         f"C5 ({scope}, {state})",
                         f"step-2 patching at latent {k} moves the answer as predicted, far above random",
                         "share of predicted answers, minus the control value's, is above 0.1",
@@ -556,19 +550,12 @@ def published_claims(tables: dict[str, pd.DataFrame], n: int, config: Config) ->
     return claims
 
 
-def _claim(name: str, text: str, rule: str, verdict: Any, row: pd.Series) -> Claim:
-    return Claim(
-        name, text, rule, verdict, float(row["difference"]), float(row["lower"]), float(row["upper"]),
-        int(row["n"]), int(row["n_clusters"]),
-    )  # fmt: skip
-
-
 def words(tables: dict[str, pd.DataFrame], trials: dict[str, pd.DataFrame], n: int, config: Config) -> list[str]:
     """The summary, paragraph by paragraph."""
     texts = ["Differences in points of accuracy (per cent of prompts), 95 % intervals over clusters; * q < 0.05."]
     if "means" in tables:
         table = tables["means"]
-        base = _row(tables["means_levels"], "none")
+        base = row_of(tables["means_levels"], "none")
         lines = [
             f"**Mean patching** ({int(base['n'])} prompts whose key is among the derivation prompts; unedited accuracy "
             f"{interval(base)}). Change of accuracy, and the other key's mean against the same key's:",
@@ -577,8 +564,8 @@ def words(tables: dict[str, pd.DataFrame], trials: dict[str, pd.DataFrame], n: i
         kinds = ["same key", "other key", "mean", "zero", *RANDOM_FORMS]
         lines += ["| latent | " + " | ".join(kinds) + " | other − same |", "|---|" + "---|" * (len(kinds) + 1)]
         for where in [*range(1, n + 1), "all"]:
-            cells = [_cell(_row(table, f"{kind} {where}", "none")) for kind in kinds]
-            cells.append(_cell(_row(table, f"other key {where}", f"same key {where}")))
+            cells = [_cell(row_of(table, f"{kind} {where}", "none")) for kind in kinds]
+            cells.append(_cell(row_of(table, f"other key {where}", f"same key {where}")))
             lines.append(f"| {where} | " + " | ".join(cells) + " |")
         texts.append("\n".join(lines))
     if "values_hit" in tables:
@@ -591,8 +578,8 @@ def words(tables: dict[str, pd.DataFrame], trials: dict[str, pd.DataFrame], n: i
         ]
         table = tables["values_hit"]
         for name in table["condition"]:
-            local, propagated = _row(tables["values_local"], name), _row(tables["values_propagated"], name)
-            row = _row(table, name)
+            local, propagated = row_of(tables["values_local"], name), row_of(tables["values_propagated"], name)
+            row = row_of(table, name)
             what = name.removeprefix("target ").rsplit(" ", 1)
             lines.append(
                 f"| {what[0]} | {what[1]} | {_cell(local)} | {_cell(propagated)} | {100 * row['mean']:.1f} | "
@@ -604,7 +591,7 @@ def words(tables: dict[str, pd.DataFrame], trials: dict[str, pd.DataFrame], n: i
     return texts
 
 
-def _cell(row: pd.Series) -> str:
+def _cell(row: pd.Series | Mapping[str, Any]) -> str:
     return interval(row, "difference") + ("*" if row["q"] < 0.05 else "")
 
 
@@ -628,7 +615,7 @@ def _interchange_words(tables: dict[str, pd.DataFrame], trials: pd.DataFrame, n:
                 if name not in set(trials["condition"]):
                     cells.append("")
                     continue
-                lost, moved = _row(tables["interchange_correct"], name), _row(tables["interchange_donor"], name)
+                lost, moved = row_of(tables["interchange_correct"], name), row_of(tables["interchange_donor"], name)
                 cells.append(
                     f"{100 * lost['difference']:+.0f}{'*' if lost['q'] < 0.05 else ''} / "
                     f"{100 * moved['difference']:+.0f}{'*' if moved['q'] < 0.05 else ''}".replace("-", "−")
@@ -657,15 +644,15 @@ def figures(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config)
         figure, axes = new_figure(1, 2, height=2.9)
         left, right = axes[0]
         level = tables["means_levels"]
-        left.axhline(100 * _row(level, "none")["mean"], color="black", linewidth=0.9, label="unedited")
+        left.axhline(100 * row_of(level, "none")["mean"], color="black", linewidth=0.9, label="unedited")
         for place, kind in enumerate(["same key", "other key", "mean", "zero", *RANDOM_FORMS]):
-            rows = pd.DataFrame([_row(level, f"{kind} {w}") for w in [*latents, "all"]])
+            rows = pd.DataFrame([row_of(level, f"{kind} {w}") for w in [*latents, "all"]])
             draw_series(left, range(1, n + 2), rows, kind, place)
         left.set(xlabel="replaced latent", ylabel="accuracy (%)", title="Mean patching", ylim=(-2, None))
         left.set_xticks(range(1, n + 2), [*map(str, latents), "all"])
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) // 2)
-        rows = pd.DataFrame([_row(tables["means"], f"other key {w}", f"same key {w}") for w in [*latents, "all"]])
+        rows = pd.DataFrame([row_of(tables["means"], f"other key {w}", f"same key {w}") for w in [*latents, "all"]])
         right.axhline(0, color="black", linewidth=0.9)
         draw_series(right, range(1, n + 2), rows, "other − same", 1, name="difference")
         right.set(xlabel="replaced latent", ylabel="points of accuracy", title="Other key against same key")
@@ -681,7 +668,7 @@ def figures(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config)
             for scope in ("same template", "other templates"):
                 for state in ("vector", "residual"):
                     names = [_value_name(step, scope, state, k) for k in latents]
-                    rows = pd.DataFrame([_row(tables[f"values_{outcome}"], name) for name in names])
+                    rows = pd.DataFrame([row_of(tables[f"values_{outcome}"], name) for name in names])
                     draw_series(axis, latents, rows, f"{scope}, {state}", place, name="difference")
                     place += 1
             axis.set(xlabel="patched latent", title=title, xticks=latents)

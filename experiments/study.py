@@ -35,7 +35,7 @@ from codi.branches import BranchAnswers, Branches, EditTable, Timing, decode_bra
 from codi.cache import clone_cache
 from codi.decode import decode_answers
 from codi.rollout import feed, overrides
-from experiments.claims import ClaimsTable
+from experiments.claims import Claim, ClaimsTable, Verdict
 from experiments.runs import RunFolder, versions
 from experiments.split import Split, load_split
 from experiments.stats import (
@@ -69,6 +69,7 @@ __all__ = [
     "divergence",
     "draw_matrix",
     "draw_series",
+    "effect_claim",
     "forced",
     "interval",
     "levels",
@@ -79,6 +80,8 @@ __all__ = [
     "open_study",
     "p_text",
     "replace_embeddings",
+    "row_of",
+    "rows_of",
     "stderr",
     "think",
 ]
@@ -781,6 +784,46 @@ def compare(
 # --- Words ------------------------------------------------------------------------------------------------------------
 
 
+def row_of(table: pd.DataFrame, condition: str, reference: str | None = None) -> dict[str, Any]:
+    """The one row of a table with this condition (and reference)."""
+    found = table[table["condition"] == condition]
+    if reference is not None:
+        found = found[found["reference"] == reference]
+    assert len(found) == 1, f"{condition!r} against {reference!r}: {len(found)} rows"
+    return {str(key): value for key, value in found.iloc[0].items()}
+
+
+def rows_of(table: pd.DataFrame, conditions: Sequence[str], **chosen: Any) -> pd.DataFrame:
+    """The rows with these conditions, in that order, where the other columns have the chosen values."""
+    for column, value in chosen.items():
+        table = table[table[column] == value]
+    return pd.DataFrame([row_of(table, name) for name in conditions])
+
+
+def effect_claim(
+    name: str,
+    statement: str,
+    rule: str,
+    verdict: Verdict,
+    row: pd.Series | Mapping[str, Any],
+    note: str = "",
+    of: str = "difference",
+) -> Claim:
+    """A claim that rests on one row of a table of `levels` (of="mean") or `compare`."""
+    return Claim(
+        name,
+        statement,
+        rule,
+        verdict,
+        float(row[of]),
+        float(row["lower"]),
+        float(row["upper"]),
+        int(row["n"]),
+        int(row["n_clusters"]),
+        note,
+    )
+
+
 def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: float = 100, digits: int = 1) -> str:
     """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given."""
     sign = "+" if name == "difference" else ""
@@ -827,7 +870,7 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = 2.6, **options: 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
+    style: Any = {
         "font.size": 8,
         "axes.titlesize": 8.5,
         "axes.labelsize": 8,

@@ -64,7 +64,7 @@ def test_receiver_heads_hold_their_level() -> None:
     assert (table["p"] < 0.05).mean() < 0.12
     weights[:, 0, 0, 2] += 1
     table = receiver_heads(weights, 200, rng)
-    assert table.loc[0, "top"] == 3 and table.loc[0, "q"] < 0.1
+    assert table.loc[0, "top"] == 3 and table.loc[0, "p"] < 0.01
 
 
 def test_needs_eager_attention(tmp_path: Path) -> None:
