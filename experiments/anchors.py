@@ -1,23 +1,23 @@
 """`codi anchors`: thought anchors on latents: which latent the answer hangs on, and who reads whom.
 
-Counterfactual importance. Latent k is resampled and the rest recomputed: its vector z_k ("vector": latent k
-and everything after it see the change) or its cache slot ("slot": only later readers see it) becomes that of a
-derivation prompt with another key (step 1, Z) ("unmatched"), with the same key ("matched", the control:
-nothing that the answer depends on has changed), or per-coordinate Gaussian noise ("noise", vectors only).
-    Measured at the answer, against the unedited run: KL    divergence of the answer's distribution, in nats,
-    along the unedited answer (see `study.divergence`) flip  whether the greedy answer is another one
+Counterfactual importance. Latent k is resampled and the rest recomputed: its vector z_k ("vector": latent k and
+everything after it see the change) or its cache slot ("slot": only later readers see it) becomes that of a derivation
+prompt with another key (step 1, Z) ("unmatched"), with the same key ("matched", the control: nothing that the answer
+depends on has changed), or per-coordinate Gaussian noise ("noise", vectors only). Measured at the answer, against the
+unedited run:
+    KL    divergence of the answer's distribution, in nats, along the unedited answer (see `study.divergence`)
+    flip  whether the greedy answer is another one
 Importance = unmatched minus matched, paired.
 
-Dependencies. Attention from one reader (a later latent, or the whole answer) to one latent's slot is
-suppressed. Measured at the answer (KL, flips) and at the reader (change of h_j, relative to how far h_j lies
-from its mean over prompts). Control: one random prompt position is hidden from the same reader instead.
+Dependencies. Attention from one reader (a later latent, or the whole answer) to one latent's slot is suppressed.
+Measured at the answer (KL, flips) and at the reader (change of h_j, relative to how far h_j lies from its mean over
+prompts). Control: one random prompt position is hidden from the same reader instead.
 
-Receiver heads. Attention of the end-of-thought token to the latents, per head. A head is a receiver if the
-same latents get its attention in every prompt: variance over latents of the mean share, against shares
-shuffled within each prompt.
+Receiver heads. Attention of the end-of-thought token to the latents, per head. A head is a receiver if the same latents
+get its attention in every prompt: variance over latents of the mean share, against shares shuffled within each prompt.
 
-Source: Bogdan et al. 2025, Thought anchors (arXiv 2506.19143), there on sentences of written chains. No
-published numbers on latents, so --legacy only changes prompts.
+Source: Bogdan et al. 2025, Thought anchors (arXiv 2506.19143), there on sentences of written chains. No numbers were
+published on latents, so --legacy only changes prompts.
 
 Runs as `codi anchors` or `python -m experiments.anchors`.
 """

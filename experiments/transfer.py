@@ -7,8 +7,8 @@ prompt) or as cache slots (keys and values as their donor wrote them, keys turne
 
     own          the prompt's own latents, from its unablated run
     same value   of a derivation prompt of another template with the same key (step 1, Z)
-    other value  of a derivation prompt of another template with another key: the control, and the donor's
-    answer is read noise        Gaussian vectors with the mean and spread of each latent's coordinates
+    other value  of a derivation prompt of another template with another key: the control (the donor's answer is read)
+    noise        Gaussian vectors with the mean and spread of each latent's coordinates
     nothing      latents are computed over the ablated prompt: the chance level
 
 and into the unablated prompt ("intact"), to see which of the two the answer follows. "leaky" is the published ablation,
