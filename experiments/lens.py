@@ -626,7 +626,7 @@ def show(config: Show, model: CodiModel, say: Callable[[str], None]) -> None:
         readings, answer = read_prompt(model, lenses, question, config.top)
         write_table(folder, "readings", readings)
         folder.write_json("prompt.json", {"question": question, "answer": answer})
-        title = f"{_wrapped(text, 108)}\nanswer of {model.name}: {_one_line(answer)}"
+        title = f"{_wrapped(text, 100)}\n{_wrapped(f'answer: {_one_line(answer)}', 100)}"
         write_figure(folder, "heatmap", heatmap_figure(readings, title))
     say(f"{question}\nanswer: {_one_line(answer)}\n")
     for lens in lenses:
@@ -663,6 +663,7 @@ def detect(config: Detect, model: CodiModel, say: Callable[[str], None]) -> None
 
     from experiments import lens_measures
     from experiments.lens_plots import curves_figure, detection_figure, summary_figure
+    from lenses.latent_lens import slug
 
     if not 1 <= config.k <= lens_measures.TOP:
         raise ValueError(f"k must be in 1..{lens_measures.TOP}, got {config.k}")
@@ -702,8 +703,13 @@ def detect(config: Detect, model: CodiModel, say: Callable[[str], None]) -> None
         note = "Numbers of several tokens count by their " + (
             "first." if config.numbers == "first" else "every token."
         )
-        write_figure(folder, "detection", detection_figure(rates, targets, config.k, note))
         n = model.n_layers
+        if n <= 8:
+            write_figure(folder, "detection", detection_figure(rates, targets, config.k, note))
+        else:  # a page per lens
+            for name in found.lenses:
+                mine = rates[rates["lens"] == name]
+                write_figure(folder, f"detection-{slug(name)}", detection_figure(mine, targets, config.k, note))
         layers = sorted({0, n // 2, n - 1, n}) if n > 3 else list(range(n + 1))
         for target in targets:
             write_figure(folder, f"curves-{target}", curves_figure(rates, target, layers))
@@ -729,22 +735,22 @@ def detection_text(
         f"{config.numbers!r} ({100 * several:.0f} % of the answers)",
         f"share of prompts with the value in the top {config.k} [95 % over clusters], chance level behind it:",
     ]
+    shown = found.targets if len(found.targets) <= 5 else ("steps", "answer", "question")
+    shown = [target for target in shown if target in found.targets and not (target == "steps" and "step2" in shown)]
+    width = max(map(len, shown))
+    here = rates[(rates["answered"] == "all") & (rates["k"] == config.k)]
+    last = here[(here["lens"] == found.lenses[0]) & (here["layer"] == model_layers)]
+    lines.append(f"  last layer (every lens is the model there), positions {', '.join(map(str, found.positions))}:")
+    for target in shown:
+        rows = last[last["target"] == target].to_dict(orient="records")
+        cells = [f"{span(r['rate'], r['lower'], r['upper'], 2)} ({r['chance']:.2f})" for r in rows]
+        lines.append(f"    {target:<{width}}  " + "  ".join(cells))
+    inner = here[here["layer"] < model_layers].groupby(["lens", "target", "latent"])[["rate", "chance"]].mean()
     for lens in found.lenses:
-        for target in found.targets:
-            here = rates[(rates["lens"] == lens) & (rates["target"] == target) & (rates["answered"] == "all")]
-            here = here[(here["k"] == config.k) & (here["layer"] == model_layers)]
-            if lens != found.lenses[0]:  # at the last layer every lens is the model itself: said once
-                continue
-            cells = [f"{span(r['rate'], r['lower'], r['upper'], 2)} ({r['chance']:.2f})" for _, r in here.iterrows()]
-            lines.append(
-                f"  last layer, {target}, latents {found.positions[0]}..{found.positions[-1]}: " + "  ".join(cells)
-            )
-        for target in found.targets:
-            here = rates[(rates["lens"] == lens) & (rates["target"] == target) & (rates["answered"] == "all")]
-            here = here[(here["k"] == config.k) & (here["layer"] < model_layers)]
-            mean = here.groupby("latent")[["rate", "chance"]].mean()
-            cells = [f"{r['rate']:.2f} ({r['chance']:.2f})" for _, r in mean.iterrows()]
-            lines.append(f"  {lens}, {target}, mean over layers 0..{model_layers - 1}: " + "  ".join(cells))
+        lines.append(f"  lens {lens}, mean over layers 0..{model_layers - 1}:")
+        for target in shown:
+            cells = [f"{r['rate']:.2f} ({r['chance']:.2f})" for _, r in inner.loc[(lens, target)].iterrows()]
+            lines.append(f"    {target:<{width}}  " + "  ".join(cells))
     if words is not None:
         for word in found.words:
             here = words[(words["word"] == word) & (words["k"] == config.k)]
@@ -799,7 +805,7 @@ def difference(config: Difference, model: CodiModel, say: Callable[[str], None])
         table = difference_table(model, lenses, means, bias=config.bias == "published")
         write_table(folder, "difference", table)
         for layer in layers:
-            note = f"{sizes(problems)}; norm in difference.csv."
+            note = f"{sizes(problems)}."
             write_figure(folder, f"difference-layer-{layer}", difference_figure(table, layer, note))
     cells = table[table["rank"] == 1]
     lines = [f"mean_A − mean_B over {sizes(problems)}; per lens and layer, over all pairs:"]
@@ -844,27 +850,22 @@ def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> 
         write_table(folder, "transfer", table)
         write_figure(folder, "transfer", transfer_figure(table, f"{sizes(problems)}."))
     mean = table[table["layer"] == -1]
-    lines = [f"KL to the model's output, nats, mean over layers 0..{model.n_layers - 1} [95 %], {sizes(problems)}:"]
+    lines = [f"KL to the model's output, nats, mean over layers 0..{model.n_layers - 1}, {sizes(problems)}:"]
     for lens in lenses:
-        own = trained.get(lens.name, ())
+        own = mean["position"].isin(trained.get(lens.name, ()))
         for words, chosen in (
-            ("on text", mean["position"] == -1),
-            ("on latents", mean["position"] > 0),
+            ("where it was trained", own),
+            ("other latents", ~own & (mean["position"] > 0)),
+            ("text", ~own & (mean["position"] == -1)),
         ):
             rows = mean[(mean["lens"] == lens.name) & chosen]
-            if rows.empty:
-                continue
-            first = rows.iloc[0] if len(rows) == 1 else rows.mean(numeric_only=True)
-            note = (
-                span(first["divergence"], first["lower"], first["upper"])
-                if len(rows) == 1
-                else f"{first['divergence']:.3f}"
-            )
-            trained_here = "trained there" if own and set(rows["position"]) & set(own) else "not trained there"
-            lines.append(
-                f"  lens {lens.name:<6} {words:<10} {note}, logit lens {first['plain']:.3f}, change "
-                f"{first['change']:+.3f} ({trained_here})"
-            )
+            if len(rows):
+                level, plain = rows["divergence"].mean(), rows["plain"].mean()
+                worse, better = int((rows["change_lower"] > 0).sum()), int((rows["change_upper"] < 0).sum())
+                lines.append(
+                    f"  {lens.name:<8} {words:<21} {level:7.3f}, logit lens {plain:7.3f}; of {len(rows)} positions "
+                    f"better at {better}, worse at {worse} (95 %)"
+                )
     say("\n".join([*lines, f"Table and figure: {config.out}"]))
 
 

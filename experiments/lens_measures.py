@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
 from codi.decode import decode_answers
@@ -66,6 +67,7 @@ def mean_interval(
     resamples: int = 2000,
     seed: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
+    rates: bool = False,
 ) -> pd.DataFrame:
     """Means of many columns over prompts, with 95 % bootstrap intervals over clusters.
 
@@ -73,6 +75,8 @@ def mean_interval(
         values: (prompt, cell), NaN where a prompt does not count.
         clusters: one per prompt.
         bounds: the whole range of a mean, given for a cell with a single cluster.
+        rates: values are truth values; where all are alike a bootstrap has no width, and the interval is
+            Clopper-Pearson over clusters.
 
     Returns:
         One row per cell: mean, lower, upper, n (prompts), n_clusters. NaN where no prompt counts.
@@ -86,6 +90,13 @@ def mean_interval(
     lower, upper = bootstrap_interval(sums, counts, weights=weights, bounds=bounds)
     n = counts.sum(1)
     empty = n == 0
+    n_clusters = (counts > 0).sum(1)
+    if rates:
+        total = sums.sum(1)
+        for share, side in ((0.0, upper), (1.0, lower)):
+            alike = (total == share * n) & ~empty
+            ends = proportion_confint(share * n_clusters[alike], n_clusters[alike], method="beta")
+            side[alike] = ends[1] if share == 0 else ends[0]
     mean = np.where(empty, np.nan, sums.sum(1) / np.maximum(n, 1))
     return pd.DataFrame(
         {
@@ -93,7 +104,7 @@ def mean_interval(
             "lower": np.where(empty, np.nan, lower),
             "upper": np.where(empty, np.nan, upper),
             "n": n.astype(int),
-            "n_clusters": (counts > 0).sum(1),
+            "n_clusters": n_clusters,
         }
     )
 
@@ -224,7 +235,7 @@ class Detection:
                 chance = np.where(known[..., None], self.chance[i][chosen], np.nan)
                 clusters = [cluster for cluster, use in zip(self.clusters, chosen, strict=True) if use]
                 flat = (len(hits), -1)
-                found = mean_interval(hits.reshape(flat), clusters, resamples, seed)
+                found = mean_interval(hits.reshape(flat), clusters, resamples, seed, rates=True)
                 both = mean_interval((hits - chance).reshape(flat), clusters, resamples, seed, (-1.0, 1.0))
                 index = pd.MultiIndex.from_product(
                     [self.positions, range(rank.shape[2]), self.targets, range(1, TOP + 1)],
@@ -257,7 +268,7 @@ class Detection:
                 names=["latent", "layer", "word", "k"],
             ).to_frame(index=False)
             frame.insert(0, "lens", lens)
-            found = mean_interval(hits.reshape(len(hits), -1), self.clusters, resamples, seed)
+            found = mean_interval(hits.reshape(len(hits), -1), self.clusters, resamples, seed, rates=True)
             frame["rate"], frame["lower"], frame["upper"] = found["mean"], found["lower"], found["upper"]
             frame["n"], frame["n_clusters"] = found["n"], found["n_clusters"]
             frame["single_token_spellings"] = frame["word"].map(
@@ -591,8 +602,11 @@ def read_prompt(model: CodiModel, lenses: Sequence[LatentLens], question: str, k
 
 
 def token_text(model: CodiModel, token: int) -> str:
-    """Text of one token, unprintable characters escaped; ids that the tokenizer does not know are "<id>"."""
-    text = str(model.tokenizer.decode([token])) if token < len(model.tokenizer) else f"<{token}>"
+    """Text of one token, unprintable characters escaped; "<id>" where an id alone is no text (part of a character, or
+    unknown to the tokenizer)."""
+    text = str(model.tokenizer.decode([token])) if token < len(model.tokenizer) else "\ufffd"
+    if "\ufffd" in text:
+        return f"<{token}>"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

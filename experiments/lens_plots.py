@@ -130,6 +130,12 @@ def _lens_title(name: str) -> str:
     return words.get(name, f"tuned lens “{name}”")
 
 
+def _signed(value: float) -> str:
+    """A difference with its sign and a real minus; zero has none."""
+    text = f"{value:+.2f}"
+    return "0" if text in ("+0.00", "-0.00") else text.replace("-", "−")
+
+
 def _bar(figure: Figure, mappable: ScalarMappable, axes: Any, text: str) -> None:
     bar = figure.colorbar(mappable, ax=axes, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label(text, fontsize=6.5)
@@ -147,9 +153,9 @@ def heatmap_figure(readings: pd.DataFrame, title: str) -> Figure:
     layers = sorted(readings["layer"].unique())
     positions = sorted(readings["latent"].unique())
     top = readings[readings["rank"] == 1]
-    height = 0.55 + len(lenses) * (0.45 + 0.21 * len(layers))
+    height = 0.3 + 0.13 * (title.count("\n") + 1) + len(lenses) * (0.45 + 0.21 * len(layers))
     figure, axes = _figure(height, len(lenses), 1)
-    figure.suptitle(title, fontsize=7.5, x=0.01, ha="left", wrap=True, parse_math=False)
+    figure.suptitle(title, fontsize=7.5, x=0.01, ha="left", parse_math=False)
     for panel, lens in zip(axes[:, 0], lenses, strict=True):
         mine = top[top["lens"] == lens].set_index(["layer", "latent"])
         values = np.full((len(layers), len(positions)), np.nan)
@@ -207,7 +213,7 @@ def held_out_figure(table: pd.DataFrame, lens_names: Sequence[str]) -> Figure:
             values = mine["divergence"].to_numpy()
             spread = np.abs(np.stack([values - mine["lower"], mine["upper"] - values]))
             panel.errorbar(
-                mine["layer"],
+                mine["layer"] + 0.06 * (place - 1),
                 values,
                 yerr=spread,
                 color=COLOURS[place % 7],
@@ -249,7 +255,7 @@ def detection_figure(rates: pd.DataFrame, targets: Sequence[str], k: int = 5, no
     words = {"steps": "any intermediate", "answer": "answer", "question": "a number of the question"}
     height = 0.5 + len(lenses) * (0.35 + 0.27 * len(layers))
     figure, axes = _figure(height, len(lenses), len(targets), sharex=True, sharey=True)
-    for panels, lens in zip(axes, lenses, strict=True):
+    for row, (panels, lens) in enumerate(zip(axes, lenses, strict=True)):
         for panel, target in zip(panels, targets, strict=True):
             mine = rates[(rates["lens"] == lens) & (rates["target"] == target)]
             value = mine.pivot(index="layer", columns="latent", values="rate").reindex(layers, columns=positions)
@@ -268,7 +274,7 @@ def detection_figure(rates: pd.DataFrame, targets: Sequence[str], k: int = 5, no
             )
             count = f"n = {int(mine['n'].max())}" if len(mine) else ""
             name = words.get(target, target.replace("step", "step "))
-            panel.set_title(f"{name} ({count})" if panels is axes[0] else "", loc="left")
+            panel.set_title(f"{name} ({count})" if row == 0 else "", loc="left")
         panels[0].set_ylabel(f"{_lens_title(lens).replace(', ', ',' + chr(10))}\nlayer")
     figure.supxlabel(f"latent (bot: begin-of-thought token). {note}".strip(), fontsize=7)
     _bar(figure, shown, axes.ravel().tolist(), f"in the top {k}: rate (upper), chance (lower)")
@@ -281,7 +287,7 @@ def curves_figure(rates: pd.DataFrame, target: str, layers: Sequence[int]) -> Fi
     rates = rates[(rates["answered"] == "all") & (rates["target"] == target) & (rates["latent"] > 0)]
     lenses = list(dict.fromkeys(rates["lens"]))
     figure, axes = _figure(0.5 + 1.6 * len(lenses), len(lenses), len(layers), sharex=True, sharey=True)
-    for panels, lens in zip(axes, lenses, strict=True):
+    for row, (panels, lens) in enumerate(zip(axes, lenses, strict=True)):
         for panel, layer in zip(panels, layers, strict=True):
             here = rates[(rates["lens"] == lens) & (rates["layer"] == layer)]
             for place, latent in enumerate(sorted(here["latent"].unique())):
@@ -295,15 +301,24 @@ def curves_figure(rates: pd.DataFrame, target: str, layers: Sequence[int]) -> Fi
                     label=f"latent {latent}",
                     **style,
                 )
-                panel.fill_between(
-                    mine["k"], mine["lower"], mine["upper"], color=style["color"], alpha=0.12, linewidth=0
+                few = mine[mine["k"].isin((1, 5, TOP))]  # intervals at three k, shifted so that none hides another
+                spread = np.abs(np.stack([few["rate"] - few["lower"], few["upper"] - few["rate"]]))
+                panel.errorbar(
+                    few["k"] + 0.12 * (place - 2),
+                    few["rate"],
+                    yerr=spread,
+                    fmt="none",
+                    elinewidth=0.6,
+                    alpha=0.7,
+                    ecolor=style["color"],
                 )
                 panel.plot(mine["k"], mine["chance"], linestyle=":", color=style["color"], linewidth=0.8)
-            panel.set_title(f"{_lens_title(lens)}, layer {layer}", fontsize=6.5)
+            panel.set_title(f"layer {layer}" if row == 0 else "")
+            panel.set_ylim(bottom=0)
             panel.set_xticks([1, 5, TOP])
             panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel("detection rate")
-    figure.supxlabel("k (dotted: chance, other prompts' values; bands: 95 % over clusters)", fontsize=7)
+        panels[0].set_ylabel(f"{_lens_title(lens).replace(', ', ',' + chr(10))}\ndetection rate")
+    figure.supxlabel("k (dotted: chance, other prompts' values; bars at k = 1, 5, 10: 95 % over clusters)", fontsize=7)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=6)
     return figure
@@ -405,7 +420,7 @@ def transfer_figure(table: pd.DataFrame, note: str = "") -> Figure:
     axes[0, 0].set_ylabel("lens trained on")
     _bar(figure, shown, axes[0, 0], "nats")
     limit = max(float(np.nanmax(np.abs(change))), 1e-6)
-    texts = [["" if np.isnan(v) else f"{v:+.2f}".replace("-", "−") for v in line] for line in change]
+    texts = [["" if np.isnan(v) else _signed(v) for v in line] for line in change]
     shown = _matrix(axes[0, 1], change, names, columns, texts=texts, colours="RdBu_r", limits=(-limit, limit))
     axes[0, 1].set_title("change against the logit lens (blue: better)", loc="left")
     _bar(figure, shown, axes[0, 1], "nats")
@@ -422,8 +437,8 @@ def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
     kinds = ["lens", "component", "covariance", "random"]
     words = {
         "lens": "lens",
-        "component": "principal\ncomponent",
-        "covariance": "drawn from\ncovariance",
+        "component": "principal\ncomp.",
+        "covariance": "covari-\nance",
         "random": "random",
     }
     for panel, measure, title in (
@@ -459,7 +474,7 @@ def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
             marker=MARKERS[place],
             alpha=0.7,
             linewidths=0,
-            label=words[kind].replace("\n", " "),
+            label={"component": "principal component", "covariance": "drawn from covariance"}.get(kind, kind),
         )
     panel.set_xscale("symlog", linthresh=1e-3)
     panel.set_yscale("symlog", linthresh=1e-3)

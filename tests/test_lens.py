@@ -24,7 +24,7 @@ from experiments.lens_measures import (
     word_spellings,
 )
 from experiments.tasks import Problem
-from lenses import AblateDirections, LatentLens, causal_basis, mean_ablated
+from lenses import AblateDirections, LatentLens, LensTraining, causal_basis, mean_ablated
 from lenses.causal import energies
 
 
@@ -79,6 +79,9 @@ def test_interval_of_constants_has_no_width_and_unknown_prompts_do_not_count() -
     table = mean_interval(values, ["a", "a", "b", "b"])
     assert table.loc[0, ["mean", "lower", "upper"]].tolist() == [1.0, 1.0, 1.0]
     assert table.loc[1, "mean"] == pytest.approx(2 / 3) and table.loc[1, "n"] == 3
+    rates = mean_interval(values, ["a", "a", "b", "b"], rates=True)  # two clusters, all right: Clopper-Pearson
+    assert rates.loc[0, "lower"] == pytest.approx(0.025**0.5) and rates.loc[0, "upper"] == 1.0
+    assert rates.loc[1].equals(table.loc[1])
     assert table.loc[2, "n"] == 0 and np.isnan(table.loc[2, "mean"])
 
 
@@ -482,3 +485,43 @@ def test_lens_trained_elsewhere_is_not_read_here(trained: Path, tiny_checkpoint:
     model = load_codi(other / "checkpoint", base=other / "base", protocol="answer-only", lora_alpha=2)
     with pytest.raises(ValueError, match="is a lens for d_model 32 and 3 layers"):
         lens.load_lens(["each"], trained, model)
+
+
+def test_interrupted_training_goes_on_where_it_was(
+    options: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = [
+        "--steps",
+        "6",
+        "--evaluate-every",
+        "2",
+        "--prompts",
+        "20",
+        "--validation",
+        "8",
+        "--test",
+        "8",
+        "--batch-size",
+        "8",
+        "--resamples",
+        "100",
+        "--lenses",
+        "2",
+        "text",
+    ]
+    codi("train", *options, *shared, "--out", str(workplace / "straight"))
+    save = LensTraining.save
+
+    def killed(training: LensTraining, path: Path) -> None:
+        save(training, path)
+        if training.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(LensTraining, "save", killed)
+        codi("train", *options, *shared, "--out", str(workplace / "resumed"))
+    assert stop.value.code == 130 and (workplace / "resumed" / "state.pt").exists()
+    codi("train", *options, *shared, "--out", str(workplace / "resumed"))
+    assert "continuing at step 4" in capsys.readouterr().out
+    for name in ("held_out.csv", "history.csv", "training_values.csv"):
+        assert (workplace / "straight" / name).read_bytes() == (workplace / "resumed" / name).read_bytes()
