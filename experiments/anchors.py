@@ -374,8 +374,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         tables["edges_change"] = compare(to_latents, contrasts, "change", settings)
         for name, table in tables.items():
             study.table(name, table)
-        for name, figure in figures(tables, n).items():
-            study.figure(name, figure)
+        study.draw(lambda: figures(tables, n))
         claims = published_claims(tables, n)
         text = study.finish(f"Thought anchors on latents: {model.name}", words(tables, n), claims)
         return Result(study.path, tables, claims, text)
@@ -408,8 +407,7 @@ def words(tables: dict[str, pd.DataFrame], n: int) -> list[str]:
     first = row_of(kl, "vector unmatched 1")
     lines = [
         f"{int(first['n'])} prompts in {int(first['n_clusters'])} clusters; KL in nats, flips in points; 95 % "
-        "intervals "
-        "over clusters, * q < 0.05.",
+        "intervals over clusters, * q < 0.05.",
         "",
         "**Importance** (resampled from another key, minus from the same key):",
         "",
@@ -465,9 +463,8 @@ def words(tables: dict[str, pd.DataFrame], n: int) -> list[str]:
         for _, head in found.head(4).iterrows():
             share = head[f"share_{int(head['top'])}"]
             named.append(
-                f"layer {head['layer']:.0f} head {head['head']:.0f} → latent {head['top']:.0f} ({100 * share:.0f} "
-                "% of its "
-                f"attention to latents, which is {head['mass']:.2f} of all)"
+                f"layer {head['layer']:.0f} head {head['head']:.0f} → latent {head['top']:.0f} ({100 * share:.0f} % of "
+                f"its attention to latents, which is {head['mass']:.2f} of all)"
             )
         text += "; the clearest: " + ", ".join(named)
     texts.append(text + ".")

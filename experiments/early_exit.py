@@ -244,8 +244,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         tables["cost"] = used.reset_index()
         for name, table in tables.items():
             study.table(name, table)
-        for name, figure in figures(tables, trials, stopped, n).items():
-            study.figure(name, figure)
+        study.draw(lambda: figures(tables, trials, stopped, n))
         claims = ClaimsTable(number_claims(tables["steps"], n))
         text = study.finish(f"Early exit: {model.name}", words(tables, n, threshold, config), claims)
         return Result(study.path, tables, claims, text)
@@ -257,9 +256,8 @@ def words(tables: dict[str, pd.DataFrame], n: int, threshold: float, config: Con
     final = row_of(exit_, str(n))
     calibrated = tables["calibration"].set_index("latent")
     lines = [
-        f"{int(final['n'])} prompts of {config.task} in {int(final['n_clusters'])} "
-        "clusters; per "
-        "cent, 95 % intervals over clusters. Gain: against one latent fewer (* q < 0.05).",
+        f"{int(final['n'])} prompts of {config.task} in {int(final['n_clusters'])} clusters; per cent, 95 % intervals "
+        "over clusters. Gain: against one latent fewer (* q < 0.05).",
         "",
         "| latents | accuracy | gain | same answer as in the end | confidence | ECE | Brier skill | AUROC |",
         "|---|---|---|---|---|---|---|---|",

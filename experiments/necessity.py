@@ -232,8 +232,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         tables["levels"] = study.table("levels", levels(replaced, settings=settings))
         if config.all_subsets:
             tables["shapley"] = study.table("shapley", shapley_table(replaced, n, settings))
-        for name, figure in figures(tables, n).items():
-            study.figure(name, figure)
+        study.draw(lambda: figures(tables, n))
         claims = published_claims(tables, n)
         text = study.finish(f"Necessity of latents: {model.name}", words(tables, n, config), claims)
         return Result(study.path, tables, claims, text)
@@ -360,8 +359,8 @@ def _sufficient(table: pd.DataFrame, n: int) -> str:
         assert best is not None
         parts.append(f"{'{' + ', '.join(map(str, best[0])) + '}' if best[0] else 'none'}: {interval(best[1])}")
     return (
-        "**What is enough.** Best set to keep, of each size, the other latents replaced by their means (chosen "
-        "on these "
+        "**What is enough.** Best set to keep, of each size, the other latents replaced by their means (chosen on "
+        "these "
         "prompts, so its accuracy is optimistic): " + "; ".join(parts) + "."
     )
 

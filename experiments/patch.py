@@ -365,7 +365,6 @@ def interchange(model: CodiModel, thoughts: Thoughts, derivation: Sequence[Probl
         name: torch.cat([getattr(bank.run, name) for bank in banks])
         for name in ("embeddings", "hidden_states", "keys", "values")
     }
-    states = torch.cat([bank.run.states for bank in banks])
     positions = torch.cat([bank.run.latent_positions for bank in banks])
     content = unrotate(given["keys"], positions[:, :, None, None], model)
 
@@ -434,7 +433,6 @@ def interchange(model: CodiModel, thoughts: Thoughts, derivation: Sequence[Probl
     texts = answer_rows(
         model, thoughts.prefill, prompt, edits, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size
     )
-    del states
     frame = answer_table(problems, prompt, texts, **columns)
     for name in ("donor", "chance"):
         frame[name] = frame["prediction"] == frame[f"{name}_answer"]
@@ -505,8 +503,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
                 tables[f"interchange_{outcome}"] = compare(both, pairs, outcome="value", settings=settings)
         for name, table in tables.items():
             study.table(name, table)
-        for name, figure in figures(tables, n, model.n_layers, config).items():
-            study.figure(name, figure)
+        study.draw(lambda: figures(tables, n, model.n_layers, config))
         claims = published_claims(tables, n, config)
         text = study.finish(f"Patching latents: {model.name}", words(tables, trials, n, config), claims)
         return Result(study.path, tables, claims, text)

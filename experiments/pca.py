@@ -557,8 +557,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         tables.update(where_tables(where, model.n_layers, settings))
         for name, table in tables.items():
             study.table(name, table)
-        for name, figure in figures(tables, where, n, model.n_layers).items():
-            study.figure(name, figure)
+        study.draw(lambda: figures(tables, where, n, model.n_layers))
         claims = published_claims(tables, rates, n, settings)
         text = study.finish(
             f"Principal components and effects of edits: {model.name}", words(tables, n, model.n_layers, config), claims
@@ -758,13 +757,11 @@ def words(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config) -
 def _where_words(tables: dict[str, pd.DataFrame]) -> str:
     table = tables["where"].pivot(index="condition", columns="measure", values="mean")
     lines = [
-        "**Where an edit goes** (mean differences at c = ±1; changes in units of the natural spread over "
-        "prompts, KL in "
-        "nats):",
+        "**Where an edit goes** (mean differences at c = ±1; changes in units of the natural spread over prompts, KL "
+        "in nats):",
         "",
-        "| edit | size | in the slot | KL at once | z of next latent | slot of next latent | KL after one more "
-        "| h_n | KL "
-        "at the end |",
+        "| edit | size | in the slot | KL at once | z of next latent | slot of next latent | KL after one more | h_n "
+        "| KL at the end |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     shown = ("edit_size", "slot", "kl", "z_next", "slot_next", "kl_next", "h_last", "kl_end")
@@ -782,15 +779,13 @@ def _where_words(tables: dict[str, pd.DataFrame]) -> str:
     lines += [
         "",
         f"KV minus embedding: KL at once {interval(kl, 'difference', 1, 3)} ({p_text(kl['p'])}); change of the slot "
-        f"{interval(slot, 'difference', 1, 2)} spreads ({p_text(slot['p'])}), a ratio of {ratio:.1f}; KL after "
-        "one more "
-        f"latent {interval(after, 'difference', 1, 3)} ({p_text(after['p'])}).",
+        f"{interval(slot, 'difference', 1, 2)} spreads ({p_text(slot['p'])}), a ratio of {ratio:.1f}; KL after one "
+        f"more latent {interval(after, 'difference', 1, 3)} ({p_text(after['p'])}).",
     ]
     if slot["lower"] > 0 and kl["lower"] > 0:
         reading = (
-            "The numbers support a difference in dose: an embedding edit of one mean difference moves the cache "
-            "slot less "
-            "than a KV edit of one mean difference does, and the answer with it."
+            "The numbers support a difference in dose: an embedding edit of one mean difference moves the cache slot "
+            "less than a KV edit of one mean difference does, and the answer with it."
         )
     elif kl["lower"] > 0:
         reading = (

@@ -272,17 +272,22 @@ class StudyFolder:
         self.folder.write(f"{name}.csv", frame.to_csv(index=False).encode())
         return frame
 
-    def figure(self, name: str, figure: Figure) -> Path:
-        """Write a figure as PNG and PDF under figures/ and close it."""
+    def draw(self, make: Callable[[], Mapping[str, Figure]]) -> None:
+        """Make figures in the studies' style and write each as figures/{name}.png and .pdf."""
+        import matplotlib
+
+        matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        for kind in ("pdf", "png"):
-            buffer = io.BytesIO()
-            metadata = {"CreationDate": None} if kind == "pdf" else None
-            figure.savefig(buffer, format=kind, dpi=200, bbox_inches="tight", pad_inches=0.05, metadata=metadata)
-            path = self.folder.write(f"figures/{name}.{kind}", buffer.getvalue())
-        pyplot.close(figure)
-        return path
+        with pyplot.rc_context(STYLE):
+            for name, figure in make().items():
+                for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+                    buffer = io.BytesIO()
+                    figure.savefig(
+                        buffer, format=kind, dpi=200, bbox_inches="tight", pad_inches=0.05, metadata=metadata
+                    )
+                    self.folder.write(f"figures/{name}.{kind}", buffer.getvalue())
+                pyplot.close(figure)
 
     def finish(self, title: str, paragraphs: Sequence[str], claims: ClaimsTable | None = None) -> str:
         """Write the claims and summary.md; the text is what a study prints."""
@@ -862,31 +867,27 @@ PAGE_WIDTH = 6.9
 """Inches: a figure over both columns of a paper."""
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = 2.6, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of page width with a grid of axes (always a 2-d array), 8 point text, no frame above and on the
-    right."""
-    import matplotlib
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+}
 
-    matplotlib.use("Agg")
+
+def new_figure(rows: int = 1, columns: int = 1, height: float = 2.6, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of page width and `height` inches per row, with a grid of axes (always a 2-d array)."""
     from matplotlib import pyplot
 
-    style: Any = {
-        "font.size": 8,
-        "axes.titlesize": 8.5,
-        "axes.labelsize": 8,
-        "legend.fontsize": 7,
-        "xtick.labelsize": 7.5,
-        "ytick.labelsize": 7.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "pdf.fonttype": 42,
-    }
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(
-            rows, columns, figsize=(PAGE_WIDTH, height * rows), squeeze=False, layout="constrained", **options
-        )
-    return figure, axes
+    return pyplot.subplots(
+        rows, columns, figsize=(PAGE_WIDTH, height * rows), squeeze=False, layout="constrained", **options
+    )
 
 
 def draw_series(

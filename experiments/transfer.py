@@ -289,7 +289,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         tables["donor_levels"] = levels(given, "donor", settings)
         for name, table in tables.items():
             study.table(name, table)
-        study.figure("transfer", figure_of(tables, names))
+        study.draw(lambda: {"transfer": figure_of(tables, names)})
         claims = published_claims(tables)
         text = study.finish(f"Latent transfer: {model.name}", words(tables, names, config), claims)
         return Result(study.path, tables, claims, text)
@@ -321,9 +321,8 @@ def words(tables: dict[str, pd.DataFrame], names: Sequence[str], config: Config)
     """The summary, paragraph by paragraph."""
     first = row_of(tables["levels"], "intact + nothing")
     lines = [
-        f"{int(first['n'])} prompts of {config.task} in {int(first['n_clusters'])} clusters; per cent, 95 % "
-        "intervals over "
-        "clusters; change against nothing put back into the same prompt (* q < 0.05).",
+        f"{int(first['n'])} prompts of {config.task} in {int(first['n_clusters'])} clusters; per cent, 95 % intervals "
+        "over clusters; change against nothing put back into the same prompt (* q < 0.05).",
         "",
         "| prompt + latents | own answer | change | donor's answer |",
         "|---|---|---|---|",
@@ -341,9 +340,8 @@ def words(tables: dict[str, pd.DataFrame], names: Sequence[str], config: Config)
     texts = ["\n".join(lines)]
     leak = row_of(tables["effects"], "leaky + nothing", "ablated + nothing")
     texts.append(
-        f"**The leak.** Leaving the embeddings alone gives {interval(leak, 'difference')} points more accuracy "
-        "than the "
-        "whole ablation."
+        f"**The leak.** Leaving the embeddings alone gives {interval(leak, 'difference')} points more accuracy than "
+        "the whole ablation."
     )
     for level in ("vectors", "slots"):
         row = row_of(tables["effects"], f"ablated + same value {level}", f"ablated + other value {level}")
