@@ -352,9 +352,7 @@ def _describe(
 
     sums = by_cluster(along @ contrast_weights(n))
     unbounded = (-np.inf, np.inf)
-    lower, upper = bootstrap_interval(
-        sums[None], counts[None], weights=weights, level=settings.level, bounds=unbounded
-    )
+    lower, upper = bootstrap_interval(sums[None], counts[None], weights=weights, level=settings.level, bounds=unbounded)
     latent_sums = np.stack([by_cluster(along[:, k]) for k in range(n)])
     low, high = bootstrap_interval(
         latent_sums, np.broadcast_to(counts, latent_sums.shape), weights=weights, level=settings.level, bounds=unbounded

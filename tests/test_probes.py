@@ -11,7 +11,20 @@ import pandas as pd
 import pytest
 
 from codi import CodiModel
-from experiments.probes import CONTRAST, Config, Design, Target, collect, draw, main, probe, probe_table, targets_of
+from experiments.probes import (
+    CONTRAST,
+    Config,
+    Design,
+    Target,
+    _discriminate,
+    _ridge,
+    collect,
+    draw,
+    main,
+    probe,
+    probe_table,
+    targets_of,
+)
 from experiments.tasks import load_task
 
 
@@ -33,9 +46,25 @@ def test_a_planted_code_is_read_and_noise_is_not() -> None:
     assert abs(read.shuffled["step1"].mean() - 1 / 3) < 0.2  # the same probe with labels of other clusters: chance
     assert abs(unread.correct["step1"].mean() - unread.shuffled["step1"].mean()) < 0.2 and unread.r2["step1"] < 0.1
     table = probe_table([("h", 1, 0), ("h", 2, 0)], [read, unread], design, resamples=500)
-    assert table["selectivity_lower"][0] > 0.4 and table["selectivity_lower"][1] < 0 < table["selectivity_upper"][1]
+    assert table["selectivity_lower"][0] > 0.4 and table["selectivity_lower"][1] < 0.05
     assert (table["lower"] <= table["accuracy"]).all() and (table["accuracy"] <= table["upper"]).all()
     assert table["n"].tolist() == [120, 120] and table["n_clusters"].tolist() == [30, 30]
+
+
+def test_numbers_on_a_line_hide_no_class_and_the_rule_is_that_of_discriminant_analysis() -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(7, size=420)
+    x = labels[:, None] * np.array([[1.0, 0.5, 0.0]]) + 0.15 * rng.normal(size=(420, 3))
+    train, test = np.arange(420) < 300, np.arange(420) >= 300
+    [fitted], [predicted] = _ridge(x[train], [np.eye(7)[labels[train]]], 1e-6, x[train], x[test])
+    ours = _discriminate(fitted, labels[train], predicted)
+    oracle = LinearDiscriminantAnalysis().fit(x[train], labels[train]).predict(x[test])
+    assert (ours == oracle).mean() > 0.98 and (ours == labels[test]).mean() > 0.95
+    plain = Ridge(alpha=1e-6).fit(x[train], np.eye(7)[labels[train]]).predict(x[test]).argmax(1)
+    assert (plain == labels[test]).mean() < 0.7  # the largest column: middle classes are masked
 
 
 def test_a_cluster_that_gives_itself_away_does_not_help() -> None:
