@@ -1,24 +1,26 @@
 """`codi train`: train a CODI model in one command, from scratch or from a published base model.
 
     codi train --out runs/train                                  # the recipe of checkpoints/tiny
-    codi train --out runs/llama --init meta-llama/Llama-3.2-1B-Instruct --data zen-E/GSM8k-Aug --preset llama-1b
+    codi train --out runs/llama --init meta-llama/Llama-3.2-1B-Instruct --data zen-E/GSM8k-Aug   # published settings
     accelerate launch --num_processes 8 -m experiments.train …   # the same on several GPUs
 
 From scratch (no --init) a base model learns to write its chain of thought first (stage "teacher"); then LoRA weights
 and the projection are distilled (stage "distillation", codi/training.py). Batches are a pure function of seed and step,
-so an interrupted run goes on where it was: the same command continues. The run folder holds config.json, log.csv (every loss
-term of every step), state files, and at the end `checkpoint/`, which load_codi reads.
+so an interrupted run goes on where it was: the same command continues. The run folder holds config.json, log.csv (every
+loss term of every step), state files, and at the end `checkpoint/`, which load_codi reads.
 """
 
 from __future__ import annotations
 
 import copy
 import csv
+import functools
 import json
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from codi import UserError
 from codi.cache import GROUPED_ATTENTION
@@ -38,43 +40,26 @@ from codi.training import DistillationLoss, TeacherLoss, collate, cosine_schedul
 from experiments.tasks import arithmetic, is_correct, load_task, templates
 from experiments.tasks.problem import Problem
 
-__all__ = ["Config", "main"]
+__all__ = ["Config", "Resolved", "main", "resolve"]
 
+ENDLESS = "arithmetic"
+
+PUBLISHED: dict[str, Any] = {
+    "lora_r": 128,
+    "lora_alpha": 32.0,
+    "weight_decay": 0.1,
+    "batch_size": 128,
+    "teacher_fraction": 1.0,
+    "direct_weight": 1.0,
+    "merged": False,
+    "latent_scale": 1.0,
+    "teacher_steps": 0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {},
+    "tiny": {},  # the defaults of Resolved
     # Shen et al. 2025, section 4 and the published training scripts
-    "llama-1b": dict(
-        lora_r=128,
-        lora_alpha=32,
-        prj_dim=2048,
-        lr=8e-4,
-        weight_decay=0.1,
-        clip=2.0,
-        epochs=10,
-        batch_size=128,
-        micro_batch=16,
-        kd_weight=20.0,
-        teacher_fraction=1.0,
-        direct_fraction=0.0,
-        merged=False,
-        teacher_steps=0,
-    ),
-    "gpt2": dict(
-        lora_r=128,
-        lora_alpha=32,
-        prj_dim=768,
-        lr=3e-3,
-        weight_decay=0.1,
-        clip=2.0,
-        epochs=40,
-        batch_size=128,
-        micro_batch=32,
-        kd_weight=1.0,
-        teacher_fraction=1.0,
-        direct_fraction=0.0,
-        merged=False,
-        teacher_steps=0,
-    ),
+    "llama-1b": PUBLISHED | {"prj_dim": 2048, "lr": 8e-4, "epochs": 10.0, "micro_batch": 16, "kd_weight": 20.0},
+    "gpt2": PUBLISHED | {"prj_dim": 768, "lr": 3e-3, "epochs": 40.0, "micro_batch": 32, "kd_weight": 1.0},
 }
 
 
@@ -84,10 +69,9 @@ class Config:
 
     out: str = "runs/train"
     """Run folder; the same command continues an interrupted run in it."""
-    preset: Literal["tiny", "llama-1b", "gpt2"] = "tiny"
-    """Published settings for a base model (rank, rates, weights, epochs); they replace the defaults below where an
-    option is
-    left at its default. "tiny" is the recipe of checkpoints/tiny."""
+    preset: Literal["auto", "tiny", "llama-1b", "gpt2"] = "auto"
+    """Where options that are None below come from. tiny: the recipe of checkpoints/tiny; llama-1b, gpt2: the published
+    settings for these bases; auto: tiny from scratch, with --init gpt2 for a GPT-2 and llama-1b for any other base."""
     init: str = ""
     """Base model: folder or hub id; empty: a small Llama from scratch."""
     data: str = "arithmetic"
@@ -110,53 +94,59 @@ class Config:
     d_ffn: int = 512
     """From scratch: width of the MLP."""
 
-    teacher_steps: int = 800
-    """Steps of the teacher stage (0: none)."""
+    teacher_steps: int | None = None
+    """Steps of the teacher stage (0: none); None: the preset's from scratch, 0 with --init."""
     teacher_lr: float = 2e-3
     """Highest learning rate of the teacher stage."""
     teacher_weight_decay: float = 0.05
     """Weight decay of the teacher stage."""
-    steps: int = 3600
-    """Steps of the distillation stage; with a finite data set use --epochs."""
-    epochs: float = 0.0
-    """Passes over a finite data set; 0: --steps counts."""
-    lr: float = 1.5e-3
-    """Highest learning rate of the distillation stage; cosine to zero after 3 % warm-up."""
-    weight_decay: float = 0.05
-    """Weight decay of the distillation stage."""
+    steps: int | None = None
+    """Steps of the distillation stage; with a finite data set --epochs can be given instead."""
+    epochs: float | None = None
+    """Passes over a finite data set (llama-1b 10, gpt2 40); 0: --steps counts."""
+    lr: float | None = None
+    """Highest learning rate of the distillation stage (llama-1b 8e-4, gpt2 3e-3); cosine to zero after 3 %
+    warm-up."""
+    weight_decay: float | None = None
+    """Weight decay of the distillation stage (published 0.1)."""
     clip: float = 2.0
     """Largest gradient norm."""
-    batch_size: int = 128
+    batch_size: int | None = None
     """Problems per optimiser step, over all processes."""
-    micro_batch: int = 64
-    """Problems computed at once by a process."""
-    lora_r: int = 64
-    """LoRA rank."""
-    lora_alpha: float = 64.0
-    """LoRA scale is alpha / r."""
-    prj_dim: int = 384
-    """Width of the projection."""
-    kd_weight: float = 20.0
-    """f: weight of the distillation term."""
+    micro_batch: int | None = None
+    """Problems computed at once by a process (llama-1b 16, gpt2 32): memory against speed."""
+    lora_r: int | None = None
+    """LoRA rank (published 128)."""
+    lora_alpha: float | None = None
+    """LoRA scale is alpha / r (published 32)."""
+    prj_dim: int | None = None
+    """Width of the projection (llama-1b 2048, gpt2 768)."""
+    latent_scale: float | None = None
+    """Scale of the latents at the start: the weight of the projection's last LayerNorm (published 1). 0: the root mean
+    square of the base model's embeddings, so that a latent enters the residual stream as large as a token does."""
+    kd_weight: float | None = None
+    """f: weight of the distillation term (llama-1b 20, gpt2 1)."""
     teacher_weight: float = 1.0
     """g: weight of the teacher term."""
-    teacher_fraction: float = 0.5
-    """Share of the problems whose written chain enters the teacher term (all give a distillation target)."""
-    direct_weight: float = 0.2
-    """Weight of the direct-answer term."""
-    direct_fraction: float = 0.06
-    """Share of the problems that are also (teacher stage: instead) answered directly."""
-    first_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    teacher_fraction: float | None = None
+    """Share of the problems whose written chain enters the teacher term (all give a distillation target;
+    published 1)."""
+    direct_weight: float | None = None
+    """Weight of the direct-answer term (published 1)."""
+    direct_fraction: float | None = None
+    """Share of the problems that are also (teacher stage: instead) answered directly (published 1 for
+    answer-only, 0 for original)."""
+    first_weights: tuple[float, ...] = (2.0, 2.0, 1.5, 1.0, 0.6)
     """Arithmetic: relative frequency of 1..5-step problems at the first step of a stage…"""
-    last_weights: tuple[float, ...] = (0.4, 0.8, 1.2, 1.3, 1.3)
+    last_weights: tuple[float, ...] = (0.4, 0.8, 1.3, 1.3, 1.3)
     """… and from half of the stage on; linear in between."""
-    merged: bool = True
-    """Compute with merged LoRA weights: faster for small models (codi.training.MergedLora)."""
+    merged: bool | None = None
+    """Compute with merged LoRA weights: faster for small models (codi.training.MergedLora; tiny yes, published no)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     precision: Literal["bf16", "float32"] = "bf16"
-    """bfloat16 autocast or float32 throughout."""
+    """bf16: bfloat16 autocast, and frozen weights of a given base held in bfloat16; float32 throughout."""
     threads: int = 0
     """CPU threads; 0: PyTorch's choice."""
     save_every: int = 100
@@ -165,6 +155,28 @@ class Config:
     """Steps between accuracies on held-out problems (0: never)."""
     eval_problems: int = 200
     """Held-out problems of each such accuracy."""
+
+
+@dataclass(frozen=True)
+class Resolved(Config):
+    """A `Config` whose preset has been filled in; the defaults here are those of the preset "tiny"."""
+
+    teacher_steps: int = 1500
+    steps: int = 2000
+    epochs: float = 0.0
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 128
+    micro_batch: int = 64
+    lora_r: int = 128
+    lora_alpha: float = 96.0
+    prj_dim: int = 384
+    latent_scale: float = 0.0
+    kd_weight: float = 20.0
+    teacher_fraction: float = 0.6
+    direct_weight: float = 0.2
+    direct_fraction: float = 0.06
+    merged: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,30 +189,61 @@ class _Text:
 
 
 def _text(problem: Problem, style: str) -> _Text:
-    answer = f"{problem.answer:g}" if isinstance(problem.answer, float) else str(problem.answer)
+    answer = format(Decimal(str(problem.answer)), "f")  # never 1e+06
     return _Text(problem.question, problem.chain, answer if style == "number" else f"The answer is: {answer}")
 
 
-def _resolved(config: Config) -> Config:
-    """The preset's values wherever an option was left at its default."""
-    default = Config()
-    changes = {k: v for k, v in PRESETS[config.preset].items() if getattr(config, k) == getattr(default, k)}
-    config = replace(config, **changes)
-    if config.batch_size % config.micro_batch:
-        raise UserError(
-            f"batch-size must be a multiple of micro-batch, got {config.batch_size} and {config.micro_batch}"
-        )
-    if config.init and config.preset == "tiny" and config.teacher_steps and config.data != "arithmetic":
-        config = replace(config, teacher_steps=0)
-    if not config.init and not config.teacher_steps:
+def resolve(config: Config) -> Resolved:
+    """Fill in the preset wherever an option was not given.
+
+    Raises:
+        ValueError: options that contradict each other, or no configuration of a base model at `init`.
+    """
+    preset = config.preset
+    if preset == "auto":
+        kind = AutoConfig.from_pretrained(config.init).model_type if config.init else ""
+        preset = "tiny" if not config.init else "gpt2" if kind == "gpt2" else "llama-1b"
+    if config.steps and config.epochs:
+        raise UserError(f"give --steps or --epochs, not both: got {config.steps} and {config.epochs:g}")
+    if config.epochs and config.data == ENDLESS:
+        raise UserError(f"--epochs needs a finite data set, and {ENDLESS!r} is endless: give --steps")
+    values = dict(PRESETS[preset])
+    if config.init:
+        values["teacher_steps"] = 0
+    if preset != "tiny":
+        values["direct_fraction"] = 1.0 if config.protocol == "answer-only" else 0.0
+    if config.steps or config.data == ENDLESS:
+        values["epochs"] = 0.0
+    values |= {k: v for k, v in vars(config).items() if v is not None}
+    resolved = Resolved(**{**values, "preset": preset})
+    for name, lowest in (("batch_size", 1), ("micro_batch", 1), ("teacher_steps", 0), ("steps", 1), ("epochs", 0)):
+        if getattr(resolved, name) < lowest:
+            raise UserError(f"{name.replace('_', '-')} must be at least {lowest}, got {getattr(resolved, name)}")
+    if not resolved.init and not resolved.teacher_steps:
         raise UserError("a model from scratch needs a teacher stage: give --teacher-steps > 0 or --init")
-    return config
+    return resolved
+
+
+def micro_batch_of(config: Resolved, n_ranks: int) -> int:
+    """Problems that each of n_ranks processes computes at once, so that equal shares make up a batch.
+
+    Raises:
+        ValueError: the batch cannot be divided like that.
+    """
+    share, rest = divmod(config.batch_size, n_ranks)
+    if rest:
+        raise UserError(f"batch-size must be a multiple of the {n_ranks} processes, got {config.batch_size}")
+    size = min(config.micro_batch, share)
+    if share % size:
+        of = f" ({share} per process)" if n_ranks > 1 else ""
+        raise UserError(f"batch-size must be a multiple of micro-batch, got {config.batch_size}{of} and {size}")
+    return size
 
 
 # --- Model ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(config: Config, attention: str) -> tuple[CodiModel, int, Any]:
+def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
     """The model before any training, the size of the base vocabulary (the CODI tokens follow), the base tokenizer."""
     tokenizer: Any
     base: Any
@@ -254,11 +297,19 @@ def _frozen_base(model: CodiModel, vocabulary: int) -> Any:
     return base.to(torch.bfloat16)
 
 
+def _freeze_in_bfloat16(base: nn.Module) -> None:
+    """Hold frozen weights in bfloat16, as published training does: autocast need not cast them in every pass, nor keep
+    a copy of them for every pass. Trainable weights and rotary frequencies stay in float32."""
+    for parameter in base.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
 def problems_of_step(
-    config: Config, data: Sequence[Problem] | None, stage: str, step: int, n_steps: int
+    config: Resolved, data: Sequence[Problem] | None, stage: str, step: int, n_steps: int
 ) -> list[Problem]:
     """The batch of one step: a pure function of its arguments."""
     if data is None:
@@ -268,16 +319,26 @@ def problems_of_step(
         return [next(stream) for _ in range(config.batch_size)]
     per_epoch = max(1, len(data) // config.batch_size)
     epoch, index = divmod(step, per_epoch)
-    order = list(range(len(data)))
-    random.Random(f"{config.seed}-{stage}-{epoch}").shuffle(order)
+    order = _order(f"{config.seed}-{stage}-{epoch}", len(data))
     return [data[i] for i in order[index * config.batch_size : (index + 1) * config.batch_size]]
 
 
-def micro_batches(problems: Sequence[Problem], config: Config, rank: int, n_ranks: int) -> Iterator[list[Problem]]:
-    """This process's share of a batch, cut into micro-batches of similar length (less padding)."""
+@functools.lru_cache(maxsize=1)
+def _order(seed: str, n: int) -> list[int]:
+    """Order of the problems in one pass; shuffled once per pass, not at every step."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def micro_batches(problems: Sequence[Problem], micro_batch: int, rank: int, n_ranks: int) -> Iterator[list[Problem]]:
+    """This process's share of a batch, cut into micro-batches of similar length (less padding).
+
+    Every process gets the same number of micro-batches of the same size, and every problem is in one of them.
+    """
     order = sorted(problems, key=lambda p: len(p.question) + len(p.chain))
-    for i in range(0, len(order), config.micro_batch):
-        part = order[i : i + config.micro_batch][rank::n_ranks]
+    for i in range(0, len(order), micro_batch * n_ranks):
+        part = order[i : i + micro_batch * n_ranks][rank::n_ranks]
         # The direct-answer term sees the first problems of each micro-batch: any length, not the shortest.
         yield random.Random(len(part) + i).sample(part, len(part))
 
@@ -289,7 +350,7 @@ def run_stage(
     stage: str,
     loss: nn.Module,
     model: CodiModel,
-    config: Config,
+    config: Resolved,
     n_steps: int,
     lr: float,
     weight_decay: float,
@@ -323,15 +384,16 @@ def run_stage(
         mininterval=5,
         disable=not accelerator.is_main_process,
     )
-    log = _Log(folder / "log.csv") if accelerator.is_main_process else None
-    shares = config.batch_size // config.micro_batch
+    log = _Log(folder / "log.csv", stage, first) if accelerator.is_main_process else None
+    micro_batch = micro_batch_of(config, accelerator.num_processes)
+    shares = config.batch_size // (micro_batch * accelerator.num_processes)
     for step in progress:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine_schedule(step, n_steps)
         problems = problems_of_step(config, data, stage, step, n_steps)
         sums: dict[str, float] = {}
-        parts = list(micro_batches(problems, config, accelerator.process_index, accelerator.num_processes))
+        parts = list(micro_batches(problems, micro_batch, accelerator.process_index, accelerator.num_processes))
         for i, part in enumerate(parts):
             batch = collate([_text(p, model.protocol.answer_style) for p in part], model).to(accelerator.device)
             with accelerator.accumulate() if i == len(parts) - 1 else accelerator.no_sync(wrapped):
@@ -380,14 +442,21 @@ def _accuracies(model: CodiModel, held_out: Sequence[Problem], stage: str) -> st
 
 
 class _Log:
-    """log.csv: one row per step and loss term."""
+    """log.csv: one row per step and loss term of the main process; rows after the state that a run goes on from are
+    dropped, because those steps come again."""
 
-    def __init__(self, path: Path) -> None:
-        new = not path.exists()
+    def __init__(self, path: Path, stage: str, first: int) -> None:
+        head = ["stage", "step", "term", "value", "gradient_norm", "seconds"]
+        rows: list[list[str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(head)]
+        partial = path.with_suffix(".tmp")
+        with partial.open("w", newline="") as file:
+            csv.writer(file).writerows([head, *(row for row in rows if row[0] != stage or int(row[1]) <= first)])
+        partial.replace(path)
         self.file = path.open("a", newline="")
         self.writer = csv.writer(self.file)
-        if new:
-            self.writer.writerow(["stage", "step", "term", "value", "gradient_norm", "seconds"])
 
     def write(self, stage: str, step: int, terms: dict[str, float], norm: float, seconds: float) -> None:
         for term, value in terms.items():
@@ -400,27 +469,50 @@ class _Log:
 
 def main(config: Config) -> None:
     """Train, and write `out/checkpoint`."""
-    config = _resolved(config)
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        k: v for k, v in asdict(config).items() if k not in ("threads", "save_every", "eval_every", "eval_problems")
-    }
-    settings = json.loads(json.dumps(settings))
-    config_file = folder / "config.json"
-    if config_file.exists() and json.loads(config_file.read_text()) != settings:
-        before = json.loads(config_file.read_text())
-        changed = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
-        raise UserError(
-            f"{folder} holds a training run with other options ({'; '.join(changed)}); choose another --out"
-        )
-    config_file.write_text(json.dumps(settings, indent=2) + "\n")
+    resolved = resolve(config)
+    if resolved.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' was asked for, but this machine or this PyTorch has no CUDA device")
+    cpu = resolved.device == "cpu" or (resolved.device == "auto" and not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if resolved.precision == "bf16" else "no")
+    _train(resolved, accelerator, cpu)
+    accelerator.end_training()
 
+
+def _settings(config: Resolved) -> dict[str, Any]:
+    """What decides the result of a run."""
+    left_out = ("out", "device", "preset", "threads", "save_every", "eval_every", "eval_problems")
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in left_out}))
+
+
+def _claim(folder: Path, settings: dict[str, Any], accelerator: Accelerator) -> None:
+    """Make the run folder, or check that it holds the same run."""
+    config_file = folder / "config.json"
+    if config_file.exists():
+        try:
+            before = json.loads(config_file.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{config_file} is damaged: {error}") from error
+        changed = [f"{k}: {before.get(k)} there, {v} here" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            raise UserError(
+                f"{folder} holds a training run with other options ({'; '.join(changed)}); choose another --out"
+            )
+    accelerator.wait_for_everyone()  # every process has looked before one writes
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = config_file.with_suffix(".tmp")
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        partial.replace(config_file)
+    accelerator.wait_for_everyone()
+
+
+def _train(config: Resolved, accelerator: Accelerator, cpu: bool) -> None:
+    folder, settings = Path(config.out), _settings(config)
+    micro_batch_of(config, accelerator.num_processes)  # refused now, not after the model has been loaded
+    _claim(folder, settings, accelerator)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
     model, vocabulary, base_tokenizer = build_model(
         config, GROUPED_ATTENTION if cpu else "sdpa"
     )  # sdpa's masked backward is slow on CPUs
@@ -450,7 +542,12 @@ def main(config: Config) -> None:
         base = _frozen_base(model, vocabulary)
 
     add_lora(model.base, config.lora_r, config.lora_alpha)
+    if isinstance(base, str) and config.precision == "bf16":
+        _freeze_in_bfloat16(model.base)
     model.base.to(accelerator.device)
+    with torch.no_grad():
+        rms = float(model.base.get_input_embeddings().weight.float().pow(2).mean().sqrt())
+        model.prj.get_parameter("ln.weight").fill_(config.latent_scale or rms)
     compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
     loss = DistillationLoss(
         model,
@@ -476,10 +573,11 @@ def main(config: Config) -> None:
         held_out,
         accelerator,
     )
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         state = reference_state(model)
-        if not isinstance(base, str):  # rounded base weights lose nothing in bfloat16
-            state = {k: v if ".lora_" in k or k.startswith("prj.") else v.to(torch.bfloat16) for k, v in state.items()}
+        if not isinstance(base, str):  # the base was rounded before; LoRA is rounded now, the projection stays as it is
+            state = {k: v if k.startswith("prj.") else v.to(torch.bfloat16) for k, v in state.items()}
         target = save_checkpoint(
             folder / "checkpoint",
             state,
@@ -490,15 +588,15 @@ def main(config: Config) -> None:
             lora_alpha=config.lora_alpha,
             n_latents=config.n_latents,
             prj_dim=config.prj_dim,
-            extra={"training": {k: v for k, v in settings.items() if k != "out"}},
+            extra={"training": settings},
             base_tokenizer=base_tokenizer,
         )
         print(f"checkpoint written to {target}")
 
 
-def _data(config: Config, model: CodiModel) -> tuple[list[Problem] | None, list[Problem], int]:
+def _data(config: Resolved, model: CodiModel) -> tuple[list[Problem] | None, list[Problem], int]:
     """Training problems (None: the endless generator), held-out problems and the number of distillation steps."""
-    if config.data == "arithmetic":
+    if config.data == ENDLESS:
         return None, arithmetic.generate(config.eval_problems, seed=1, split="test", min_steps=3), config.steps
     problems = [
         p
@@ -512,7 +610,7 @@ def _data(config: Config, model: CodiModel) -> tuple[list[Problem] | None, list[
         )
     random.Random(config.seed).shuffle(problems)
     held_out, problems = problems[: config.eval_problems], problems[config.eval_problems :]
-    n_steps = round(config.epochs * (len(problems) // config.batch_size)) if config.epochs else config.steps
+    n_steps = round(config.epochs * (len(problems) // config.batch_size)) or 1 if config.epochs else config.steps
     return problems, held_out, n_steps
 
 

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from codi import load_codi
 from experiments import train
@@ -71,6 +84,21 @@ def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch:
         torch.testing.assert_close(two[name], one[name], msg=name)
 
 
+def test_steps_that_come_again_are_logged_once(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    whole = (folder / "log.csv").read_text()
+    state_file = folder / "distillation.pt"
+    saved = torch.load(state_file, weights_only=True)
+    torch.save(saved | {"step": 2}, state_file)  # as after a crash: two steps logged beyond the last state
+    train.main(replace(TOY, out=str(folder)))
+
+    def keys(text: str) -> list[str]:
+        return [line.rsplit(",", 3)[0] for line in text.splitlines()]
+
+    assert keys((folder / "log.csv").read_text()) == keys(whole)
+
+
 def test_another_configuration_is_refused(finished: Path) -> None:
     with pytest.raises(ValueError, match="lora_r: 2 there, 3 here"):
         train.main(replace(TOY, out=str(finished), lora_r=3))
@@ -82,7 +110,7 @@ def test_a_published_base_needs_no_teacher(finished: Path, tmp_path: Path) -> No
     data = tmp_path / "train.txt"
     data.write_text("\n".join(lines) + "\n")
     base = finished / "checkpoint" / "base"
-    config = replace(TOY, out=str(tmp_path / "run"), init=str(base), data=str(data), steps=2, epochs=0)
+    config = replace(TOY, out=str(tmp_path / "run"), init=str(base), data=str(data), steps=2, teacher_steps=None)
     train.main(config)
     assert not (tmp_path / "run" / "teacher.pt").exists()
     model = load_codi(tmp_path / "run" / "checkpoint")
@@ -93,7 +121,7 @@ def test_a_published_base_needs_no_teacher(finished: Path, tmp_path: Path) -> No
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
     def draw(seed: int, step: int) -> list[str]:
-        config = replace(TOY, seed=seed)
+        config = train.resolve(replace(TOY, seed=seed))
         return [p.question for p in train.problems_of_step(config, None, "distillation", step, 10)]
 
     assert draw(0, 1) == draw(0, 1) != draw(0, 2)
@@ -106,8 +134,171 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"batch_size": 5}, "batch-size must be a multiple of micro-batch, got 5 and 2"),
         ({"teacher_steps": 0}, "needs a teacher stage"),
         ({"data": "nowhere.txt"}, "nowhere.txt"),
+        ({"steps": None, "epochs": 2.0}, "needs a finite data set"),
+        ({"steps": 3, "epochs": 2.0}, "--steps or --epochs, not both: got 3 and 2"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
     ],
 )
 def test_mistakes(tmp_path: Path, changes: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ValueError, match=message):
         train.main(replace(TOY, out=str(tmp_path / "run"), **changes))
+
+
+# --- Presets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> dict[str, str]:
+    """Folders of untrained base models with a tokenizer, by model type."""
+    tokenizer = AutoTokenizer.from_pretrained(finished / "checkpoint" / "base")
+    torch.manual_seed(0)
+    size = len(tokenizer)
+    models = {
+        "llama": LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+            )
+        ),
+        "gpt2": GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=256, eos_token_id=tokenizer.eos_token_id
+            )
+        ),
+    }  # fmt: skip
+    folders = {}
+    for kind, model in models.items():
+        folders[kind] = str(tmp_path_factory.mktemp("base") / kind)
+        model.save_pretrained(folders[kind])
+        tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finite data set of 40 problems with written chains."""
+    lines = [f"{p.question}||{' '.join(f'<<{s}>>' for s in p.steps)} #### {p.answer}" for p in arithmetic.generate(40)]
+    path = tmp_path_factory.mktemp("data") / "train.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_published_settings_are_those_of_the_base(bases: dict[str, str], data: str) -> None:
+    """Shen et al. 2025: rank 128, alpha 32, decay 0.1, clip 2, batch 128; answer-only adds direct answers."""
+    llama = train.resolve(train.Config(init=bases["llama"], data=data))
+    assert (llama.lr, llama.epochs, llama.kd_weight, llama.prj_dim) == (8e-4, 10, 20, 2048)
+    gpt2 = train.resolve(train.Config(init=bases["gpt2"], data=data, protocol="original"))
+    assert (gpt2.lr, gpt2.epochs, gpt2.kd_weight, gpt2.prj_dim) == (3e-3, 40, 1, 768)
+    for found in (llama, gpt2):
+        assert (found.lora_r, found.lora_alpha, found.weight_decay, found.clip) == (128, 32, 0.1, 2.0)
+        assert (found.batch_size, found.teacher_weight, found.teacher_fraction) == (128, 1, 1)
+        assert found.teacher_steps == 0 and not found.merged
+    assert llama.direct_fraction * llama.direct_weight == 1 and gpt2.direct_fraction == 0
+    tiny = train.resolve(train.Config())
+    assert tiny == train.Resolved(preset="tiny") and tiny.merged and tiny.teacher_steps > 0
+
+
+def test_what_is_given_beats_the_preset_even_where_it_is_the_default_of_another(
+    bases: dict[str, str], data: str
+) -> None:
+    tiny = train.Resolved()
+    given = {"lora_r": tiny.lora_r, "micro_batch": tiny.micro_batch, "merged": True, "teacher_steps": 5}
+    found = train.resolve(train.Config(init=bases["llama"], data=data, **given))  # type: ignore[arg-type]
+    assert {name: getattr(found, name) for name in given} == given and found.lora_alpha == 32
+    assert train.resolve(train.Config(init=bases["llama"], data=data, steps=7)).epochs == 0
+    assert train.resolve(train.Config(init=bases["llama"])).epochs == 0  # the generator has no end
+
+
+@pytest.mark.parametrize(
+    ("kind", "protocol", "precision"),
+    [("llama", "answer-only", "bf16"), ("gpt2", "original", "bf16"), ("gpt2", "original-eos", "float32")],
+)
+def test_published_path(
+    bases: dict[str, str], data: str, tmp_path: Path, kind: str, protocol: str, precision: str
+) -> None:
+    """A given base, LoRA kept apart, finite data by epochs: the checkpoint has the base weights and a trained LoRA."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another precision than the tests before
+    config = train.Config(
+        out=str(tmp_path / "run"), init=bases[kind], data=data, protocol=protocol, precision=precision, device="cpu",
+        epochs=2, batch_size=8, micro_batch=4, lora_r=2, prj_dim=8, n_latents=2, eval_every=0, eval_problems=8,
+    )  # type: ignore[arg-type]  # fmt: skip
+    train.main(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert max(int(r["step"]) for r in rows) == 2 * (32 // 8)
+    assert ("direct" in {r["term"] for r in rows}) == (protocol == "answer-only")
+    model = load_codi(tmp_path / "run" / "checkpoint")
+    assert model.protocol.name == protocol
+    weights = state(tmp_path / "run")
+    assert all(v.abs().sum() > 0 for k, v in weights.items() if "lora_B" in k)  # B starts at zero
+    base = AutoModelForCausalLM.from_pretrained(bases[kind]).state_dict()
+    key = "model.layers.1.mlp.up_proj" if kind == "llama" else "transformer.h.1.mlp.c_fc"
+    want = base[f"{key}.weight"].to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert torch.equal(weights[f"codi.base_model.model.{key}.base_layer.weight"], want)
+
+
+def test_answers_are_written_in_full() -> None:
+    def answer(value: int | float) -> str:
+        return train._text(replace(arithmetic.generate(1)[0], answer=value), "number").answer_text
+
+    assert [answer(v) for v in (12, 1234567.5, 0.00001, -3)] == ["12", "1234567.5", "0.00001", "-3"]
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks", "size"), [(128, 16, 8, 16), (128, 64, 8, 16), (12, 2, 3, 2)])
+def test_processes_share_a_batch(batch: int, micro: int, ranks: int, size: int) -> None:
+    config = train.resolve(replace(TOY, batch_size=batch, micro_batch=micro))
+    assert train.micro_batch_of(config, ranks) == size
+    problems = arithmetic.generate(batch)
+    shares = [list(train.micro_batches(problems, size, rank, ranks)) for rank in range(ranks)]
+    assert {len(part) for share in shares for part in share} == {size}
+    assert len({len(share) for share in shares}) == 1
+    seen = [p.prompt_id for share in shares for part in share for p in part]
+    assert sorted(seen) == sorted(p.prompt_id for p in problems)
+
+
+def test_processes_that_cannot_share_a_batch() -> None:
+    with pytest.raises(ValueError, match="multiple of the 3 processes, got 128"):
+        train.micro_batch_of(train.resolve(replace(TOY, batch_size=128)), 3)
+    with pytest.raises(ValueError, match=r"multiple of micro-batch, got 12 \(6 per process\) and 4"):
+        train.micro_batch_of(train.resolve(replace(TOY, batch_size=12, micro_batch=4)), 2)
+
+
+def launch(config: train.Config, processes: int) -> subprocess.CompletedProcess[str]:
+    """`codi train` in several processes on the CPU."""
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(config).items()
+        if value is not None and not isinstance(value, (bool, tuple)) and value != ""
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+         "-m", "experiments.train", *options],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CODI_DEBUG": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    """The mean over both shares is the mean over the batch, so two processes learn what one learns; and they go on.
+
+    One problem per micro-batch: then the mean over micro-batches does not depend on how they are dealt out.
+    """
+    config = replace(TOY, batch_size=4, micro_batch=1, teacher_steps=1, steps=2, save_every=1, direct_fraction=0.0)
+    train.main(replace(config, out=str(tmp_path / "one")))
+    # two processes go on from the teacher that one has trained
+    shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("checkpoint", "distillation.pt"))
+    together = launch(replace(config, out=str(tmp_path / "two")), 2)
+    assert together.returncode == 0, together.stderr[-2000:]
+    assert together.stdout.count("checkpoint written") == 1  # by the main process alone
+    train.main(replace(config, out=str(tmp_path / "half"), batch_size=2))  # what one of them would learn alone
+    learnt = {
+        name: torch.cat([v.flatten() for k, v in state(tmp_path / name).items() if "lora_B" in k])
+        for name in ("one", "two", "half")
+    }
+    scale = learnt["one"].norm()
+    assert scale > 0
+    assert (learnt["two"] - learnt["one"]).norm() < 0.05 * scale
+    assert (learnt["half"] - learnt["one"]).norm() > 0.2 * scale
