@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from codi import CodiModel
+    from experiments.claims import ClaimsTable
     from experiments.runs import RunFolder
-    from lenses import LatentLens
+    from lenses import LatentLens, TrainingOptions
 
 __all__ = ["CONFIG", "Causal", "Detect", "Difference", "Show", "Train", "Transfer", "main", "train"]
 
@@ -159,6 +160,11 @@ class Train(ModelOptions):
     """Text tokens taken from each question or passage."""
     resamples: int = 2000
     """Bootstrap resamples of clusters behind every interval."""
+    legacy: bool = False
+    """The published recipe, which replaces the options above: 500 questions, 3 passes, batches of one, Adam 1e-3
+    without decay, clipping or early stopping, target normed twice; the lenses keep the names given (the published ones
+    are read with "published …"). The held-out KL is to the model's true output all the same. Published runs were in
+    bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -295,13 +301,8 @@ def load_lens(names: Sequence[str], folder: Path, model: CodiModel) -> list[Late
     if len(set(names)) < len(names):
         raise ValueError(f"read names a lens twice: {', '.join(names)}")
     shared = unembed(model)
-    saved = {} if set(names) == {"plain"} else load_lenses(lens_folder(folder), model, shared)
+    saved = {} if set(names) == {"plain"} else load_lenses(folder, model, shared)
     return [choose_lens(name, saved, model, shared) for name in names]
-
-
-def lens_folder(folder: Path) -> Path:
-    """Where the lenses of a run folder are."""
-    return folder / "lenses" if (folder / "lenses").is_dir() else folder
 
 
 _NOT_IDENTITY = ("model", "out", "device", "lens")
@@ -337,7 +338,7 @@ def lens_identity(names: Sequence[str], folder: Path) -> str:
     if set(names) == {"plain"}:
         return ""
     digest = hashlib.sha256()
-    for path in sorted(lens_folder(folder).rglob("params.pt")):
+    for path in sorted(folder.rglob("params.pt")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -434,30 +435,54 @@ def named_lenses(names: Sequence[str], n_latents: int) -> dict[str, tuple[int, .
     return found
 
 
+def training_options(config: Train) -> TrainingOptions:
+    """How the lenses are trained; checked.
+
+    Raises:
+        ValueError: an option outside its range.
+    """
+    from lenses.training import TrainingOptions
+
+    common: dict[str, Any] = {"text_tokens": config.text_tokens, "seed": config.seed, "steps": config.steps}
+    if config.legacy:
+        return TrainingOptions(
+            lr=1e-3,
+            weight_decay=0.0,
+            clip=float("inf"),
+            evaluate_every=100,
+            target="published",
+            schedule="constant",
+            early_stopping=False,
+            **common,
+        )
+    return TrainingOptions(
+        optimizer=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        patience=config.patience,
+        evaluate_every=config.evaluate_every,
+        **common,
+    )
+
+
 def train(config: Train, model: CodiModel, say: Callable[[str], None] = lambda line: None) -> RunFolder:
     """Train, save and judge lenses in a run folder."""
     import pandas as pd
 
     from experiments.lens_measures import value_frequencies
     from lenses.latent_lens import save_lens, slug
-    from lenses.training import LensTraining, TrainingOptions
+    from lenses.training import LensTraining
 
+    at_once = config.batch_size  # where nothing is trained
+    if config.legacy:
+        config = dataclasses.replace(config, prompts=500, batch_size=1, steps=1500)
     problems, validation, test = training_split(config, model.protocol.question_suffix if config.suffix else "")
     passages = None
     if config.text is not None:
         passages = [line for line in config.text.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not passages:
             raise ValueError(f"{config.text} holds no text")
-    options = TrainingOptions(
-        optimizer=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        steps=config.steps,
-        evaluate_every=config.evaluate_every,
-        patience=config.patience,
-        text_tokens=config.text_tokens,
-        seed=config.seed,
-    )
+    options = training_options(config)
     lenses = named_lenses(config.lenses, model.n_latents)
     training = LensTraining(
         model,
@@ -467,7 +492,7 @@ def train(config: Train, model: CodiModel, say: Callable[[str], None] = lambda l
     )
     questions = [problem.question for problem in problems]
     held_out = [p.question for p in validation]
-    chunks = [held_out[i : i + config.batch_size] for i in range(0, len(held_out), config.batch_size)]
+    chunks = [held_out[i : i + at_once] for i in range(0, len(held_out), at_once)]
     with open_folder(config.out, "train", config, model) as folder:
         state = config.out / "state.pt"
         if folder.manifest().get("finished"):
@@ -503,7 +528,7 @@ def train(config: Train, model: CodiModel, say: Callable[[str], None] = lambda l
         frequency = [(value, *counts) for value, counts in value_frequencies(problems).items()]
         columns = ["value", "questions_with_this_answer", "questions_with_this_step"]
         write_table(folder, "training_values", pd.DataFrame(frequency, columns=columns))
-        table = held_out_table(training, test, config)
+        table = held_out_table(training, test, dataclasses.replace(config, batch_size=at_once))
         write_table(folder, "held_out", table)
         _draw_held_out(folder, table)
         folder.add_to_manifest(finished=True, steps=training.step)
@@ -719,7 +744,71 @@ def detect(config: Detect, model: CodiModel, say: Callable[[str], None]) -> None
             "number-tokens",
             summary_figure(summaries, "number_first", "share: most probable token is a number"),
         )
+        claims = detection_claims(found, config.resamples, config.seed)
+        claims.write(config.out)
     say(detection_text(found, rates, words, answers, bool(counts), config))
+    if len(claims):
+        say("\n" + claims.markdown())
+
+
+def detection_claims(found: Any, resamples: int, seed: int) -> ClaimsTable:
+    """S1 by every tuned lens: means over the layers below the last, latents 2 and 4 (3 and 5) against the others.
+
+    `codi alternation` judges S1 by the model's own head, that is by the last layer.
+    """
+    import numpy as np
+
+    from experiments.claims import Claim, ClaimsTable, judge
+    from experiments.lens_measures import TOP, mean_interval
+
+    claims = ClaimsTable()
+    latents = [k for k in found.positions if k > 0]
+    if not {2, 3, 4, 5} <= set(latents):
+        return claims
+    answer = found.targets.index("answer")
+    places = [found.positions.index(k) for k in latents]
+
+    def lead(values: Any, chosen: tuple[int, ...]) -> Any:
+        """(prompt, latent) -> (prompt, other latent): mean of the chosen latents minus each of the others."""
+        mine = values[:, [k in chosen for k in latents]].mean(axis=1, keepdims=True)
+        return mine - values[:, [k not in chosen for k in latents]]
+
+    for i, lens in enumerate(found.lenses):
+        if lens == "plain":
+            continue
+        hits = np.stack([found.rank[i, :, places, :-1, answer] <= k for k in range(1, TOP + 1)], axis=-1)
+        over = (hits.mean(axis=(2, 3)) - found.chance[i][:, places, :-1, answer].mean(axis=(2, 3))).T
+        entropy = found.entropy[i][:, places, :-1].mean(axis=2)
+        for name, statement, values, chosen, unit in (
+            (
+                "S1 detection",
+                "the final answer is detected most at latents 2 and 4",
+                over,
+                (2, 4),
+                "rate above chance",
+            ),
+            ("S1 entropy", "entropy is highest at latents 3 and 5", entropy, (3, 5), "nats"),
+        ):
+            table = mean_interval(lead(values, chosen), found.clusters, resamples, seed, (-np.inf, np.inf))
+            row = table.iloc[int(table["mean"].to_numpy().argmin())]  # the strongest of the other latents
+            claims.add(
+                Claim(
+                    f"{name}, lens {lens}",
+                    statement,
+                    f"lead over the strongest other latent, {unit}, mean over layers below the last"
+                    + (" and k = 1..10" if chosen == (2, 4) else "")
+                    + "; above 0",
+                    judge(float(row["lower"]), float(row["upper"]), above=0.0),
+                    float(row["mean"]),
+                    float(row["lower"]),
+                    float(row["upper"]),
+                    int(row["n"]),
+                    int(row["n_clusters"]),
+                    f"latents {latents[0]}..{latents[-1]}: "
+                    + ", ".join(f"{v:.3f}" for v in np.nanmean(values, axis=0)),
+                )
+            )
+    return claims
 
 
 def detection_text(
@@ -804,6 +893,8 @@ def difference(config: Difference, model: CodiModel, say: Callable[[str], None])
             means = latent_means(model, problems, config.batch_size, config.seed, advance)
         table = difference_table(model, lenses, means, bias=config.bias == "published")
         write_table(folder, "difference", table)
+        claims = difference_claims(table, means.n, means.n_clusters)
+        claims.write(config.out)
         for layer in layers:
             note = f"{sizes(problems)}."
             write_figure(folder, f"difference-layer-{layer}", difference_figure(table, layer, note))
@@ -818,7 +909,60 @@ def difference(config: Difference, model: CodiModel, say: Callable[[str], None])
             f"number tokens {rows['numbers'].mean():.2f} (A, B of equal parity {rows['numbers'][same].mean():.2f}, of "
             f"unequal {rows['numbers'][other].mean():.2f}); {len(common)} different first tokens in {len(rows)} cells"
         )
-    say("\n".join([*lines, f"Table and figures: {config.out}"]))
+    say("\n".join([*lines, f"Table and figures: {config.out}", "", claims.markdown()]))
+
+
+def difference_claims(table: pd.DataFrame, n: int, n_clusters: int) -> ClaimsTable:
+    """S6 per lens: do cells of the grid whose latents have the same parities share their tokens more than others do?
+
+    Statistic: overlap (share of the top tokens in common) of two cells with the same (parity of A, parity of B), minus
+    that of other two cells, mean over layers. p: all relabellings of the latents into two groups of these sizes.
+    """
+    from itertools import combinations
+
+    import numpy as np
+
+    from experiments.claims import Claim, ClaimsTable
+
+    claims = ClaimsTable()
+    latents = sorted(set(table["source"]) | set(table["target"]))
+    for lens, rows in table.groupby("lens", sort=False):
+        cells = sorted({(int(a), int(b)) for a, b in zip(rows["source"], rows["target"], strict=True)})
+        alike = np.zeros((len(cells), len(cells)))
+        for _, layer in rows.groupby("layer"):
+            tokens = {key: set(cell["token_id"]) for key, cell in layer.groupby(["source", "target"])}
+            size = max(map(len, tokens.values()))
+            alike += [[len(tokens[x] & tokens[y]) / size for y in cells] for x in cells]
+        alike /= rows["layer"].nunique()
+        upper = np.triu_indices(len(cells), 1)
+
+        def statistic(group: tuple[int, ...], cells: Any = cells, alike: Any = alike, upper: Any = upper) -> float:
+            kind = np.array([2 * (a in group) + (b in group) for a, b in cells])
+            same = (kind[:, None] == kind[None, :])[upper]
+            return float(alike[upper][same].mean() - alike[upper][~same].mean())
+
+        odd = tuple(k for k in latents if k % 2)
+        observed = statistic(odd)
+        every = [statistic(group) for group in combinations(latents, len(odd))]
+        p = float(np.mean([value >= observed - 1e-12 for value in every]))
+        smallest = (2 if 2 * len(odd) == len(latents) else 1) / len(
+            every
+        )  # a group and its complement are one pattern
+        claims.add(
+            Claim(
+                f"S6, lens {lens}",
+                "the difference lens shows no pattern over A and B",
+                "overlap of the top tokens of cells with equal parities minus that of the others; not held if p < 0.05",
+                "not testable" if smallest >= 0.05 else "not held" if p < 0.05 else "held",
+                observed,
+                n=n,
+                n_clusters=n_clusters,
+                note=f"p = {p:.3f} over {len(every)} relabellings of the latents, of which the smallest possible is "
+                f"{smallest:.3f}: "
+                + ("too few latents to find any pattern" if smallest >= 0.05 else "“held” means that none was found"),
+            )
+        )
+    return claims
 
 
 def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> None:
@@ -829,7 +973,7 @@ def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> 
 
     problems = load_problems(config, model)
     shared = unembed(model)
-    saved = load_lenses(lens_folder(config.lens), model, shared)
+    saved = load_lenses(config.lens, model, shared)
     names = [name for name in (config.read or tuple(saved)) if name != "plain"]
     lenses = [choose_lens(name, saved, model, shared) for name in names]
     if not lenses:
@@ -849,6 +993,8 @@ def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> 
         trained = {item.name: item.positions for item in saved.values()}
         write_table(folder, "transfer", table)
         write_figure(folder, "transfer", transfer_figure(table, f"{sizes(problems)}."))
+        claims = transfer_claims(table, trained)
+        claims.write(config.out)
     mean = table[table["layer"] == -1]
     lines = [f"KL to the model's output, nats, mean over layers 0..{model.n_layers - 1}, {sizes(problems)}:"]
     for lens in lenses:
@@ -867,6 +1013,40 @@ def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> 
                     f"better at {better}, worse at {worse} (95 %)"
                 )
     say("\n".join([*lines, f"Table and figure: {config.out}"]))
+    if len(claims):
+        say("\n" + claims.markdown())
+
+
+def transfer_claims(table: pd.DataFrame, trained: dict[str, tuple[int, ...]]) -> ClaimsTable:
+    """S2 and its reverse: a lens fails where it reads worse than the plain lens."""
+    from experiments.claims import Claim, ClaimsTable, judge
+
+    claims = ClaimsTable()
+    mean = table[table["layer"] == -1]
+    for lens in dict.fromkeys(mean["lens"]):
+        own = trained.get(lens, ())
+        on_text = mean[(mean["lens"] == lens) & (mean["position"] == -1)]
+        if lens == "plain" or len(own) < 2 or -1 in own or on_text.empty:
+            continue
+        row = on_text.iloc[0]
+        by_text = mean[(mean["lens"] == "text") & (mean["position"] == -1)]["divergence"]
+        note = f"KL on text {row['divergence']:.3f}, plain lens {row['plain']:.3f}"
+        note += f", lens trained on text {by_text.iloc[0]:.3f}" if len(by_text) else ""
+        claims.add(
+            Claim(
+                f"S2, lens {lens}",
+                "a lens trained on latents fails on text tokens",
+                "KL to the model's output on text tokens minus that of the plain lens, nats, mean over layers; above 0",
+                judge(row["change_lower"], row["change_upper"], above=0.0),
+                float(row["change"]),
+                float(row["change_lower"]),
+                float(row["change_upper"]),
+                int(row["n"]),
+                int(row["n_clusters"]),
+                note,
+            )
+        )
+    return claims
 
 
 def causal(config: Causal, model: CodiModel, say: Callable[[str], None]) -> None:
@@ -967,16 +1147,7 @@ def main(config: Train | Show | Detect | Difference | Transfer | Causal) -> None
 
     if isinstance(config, Train):
         # options are checked before a large model is loaded
-        from lenses.training import TrainingOptions
-
-        TrainingOptions(
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            steps=config.steps,
-            patience=config.patience,
-            evaluate_every=config.evaluate_every,
-            optimizer=config.optimizer,
-        )
+        training_options(config)
         if config.text is not None and not config.text.is_file():
             raise UserError(f"there is no text file {config.text}")
     elif set(getattr(config, "read", ())) != {"plain"} and not config.lens.exists():

@@ -386,7 +386,7 @@ def load_lenses(folder: str | Path, model: CodiModel, unembed: Unembed) -> dict[
     """Every lens of a folder of lenses (or the one lens that the folder is).
 
     Args:
-        folder: with one folder per lens, as `codi lens train` writes under lenses/, or a single lens.
+        folder: that `codi lens train` wrote, its lenses/ (one folder per lens), or a single lens.
         model: that the lenses are for.
         unembed: of that model.
 
@@ -394,6 +394,8 @@ def load_lenses(folder: str | Path, model: CodiModel, unembed: Unembed) -> dict[
         ValueError: no lens there, a damaged one, or one for another model (size, layers or unembedding).
     """
     folder = Path(folder)
+    if (folder / "lenses").is_dir():
+        folder = folder / "lenses"
     candidates = [folder] if (folder / "config.json").is_file() else sorted(folder.glob("*/"))
     candidates = [path for path in candidates if (path / "config.json").is_file() and (path / "params.pt").is_file()]
     if not candidates:

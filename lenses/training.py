@@ -73,6 +73,12 @@ class TrainingOptions:
     """Text tokens taken from each prompt (of lenses trained on text)."""
     seed: int = 0
     """Of the choice of text tokens."""
+    target: Literal["output", "published"] = "output"
+    """output: the model's own distribution; published: the last state normed a second time, as published lenses had."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """Rate: warm-up and linear decay, or constant."""
+    early_stopping: bool = True
+    """Stop translators and give them their best weights; otherwise all steps are done and the last weights kept."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "evaluate_every", "patience", "text_tokens"):
@@ -94,6 +100,8 @@ class TrainingOptions:
         highest = (
             self.lr if self.lr is not None else (1e-3 if self.optimizer == "adamw" else 1.0 * (1 - self.momentum))
         )
+        if self.schedule == "constant":
+            return highest
         rising = max(1, round(self.warmup * self.steps))
         return highest * min((step + 1) / rising, (self.steps - step) / max(1, self.steps - rising), 1.0)
 
@@ -281,7 +289,10 @@ class LensTraining:
         states = self.states(questions, self.step)
         plain = LatentLens(self.unembed, self.model.n_layers)
         with torch.no_grad():
-            target = output_log_probs(plain, states)
+            if self.options.target == "output":
+                target = output_log_probs(plain, states)
+            else:
+                target = self.unembed(states.hidden[:, -1].float()).log_softmax(dim=-1)
         rows = {
             name: torch.isin(states.position, torch.tensor(positions, device=states.position.device)).nonzero()[:, 0]
             for name, positions in self.positions.items()
@@ -338,7 +349,7 @@ class LensTraining:
                 )
                 if item.stopped:
                     continue
-                if value < item.divergence:
+                if value < item.divergence or not self.options.early_stopping:
                     item.best, item.divergence, item.best_step = _copied(item.module), value, self.step
                     item.stalled = 0
                 else:

@@ -13,6 +13,7 @@ import torch
 
 from codi import CodiModel
 from experiments import cli, lens, lens_measures
+from experiments.claims import Claim
 from experiments.lens_measures import (
     detect,
     difference_table,
@@ -525,3 +526,31 @@ def test_interrupted_training_goes_on_where_it_was(
     assert "continuing at step 4" in capsys.readouterr().out
     for name in ("held_out.csv", "history.csv", "training_values.csv"):
         assert (workplace / "straight" / name).read_bytes() == (workplace / "resumed" / name).read_bytes()
+
+
+def test_legacy_is_the_published_recipe() -> None:
+    options = lens.training_options(lens.Train(legacy=True))
+    assert (
+        options.target == "published" and not options.early_stopping and options.rate(0) == options.rate(599) == 1e-3
+    )
+    assert options.weight_decay == 0 and options.clip == float("inf")
+    default = lens.training_options(lens.Train())
+    assert default.target == "output" and default.early_stopping and default.rate(599) < 1e-5
+
+
+def test_parity_pattern_is_found_where_it_was_planted() -> None:
+    """Cells whose tokens depend on the parities of A and B; cells whose tokens depend on nothing; too few latents."""
+    rng = np.random.default_rng(0)
+
+    def claim(n: int, planted: bool) -> Claim:
+        rows = []
+        for a in range(1, n + 1):
+            for b in range(1, n + 1):
+                tokens = 10 * (2 * (a % 2) + b % 2) + np.arange(10) if planted else rng.choice(200, 10, replace=False)
+                rows += [("plain", a, b, 0, int(token)) for token in tokens if a != b]
+        table = pd.DataFrame(rows, columns=["lens", "source", "target", "layer", "token_id"])
+        return lens.difference_claims(table, 50, 10)["S6, lens plain"]
+
+    assert claim(8, True).verdict == "not held" and claim(8, True).estimate == pytest.approx(1.0)
+    assert claim(8, False).verdict == "held"
+    assert claim(6, True).verdict == "not testable" and "p = 0.100" in claim(6, True).note  # 20 relabellings, in pairs
