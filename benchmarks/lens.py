@@ -44,10 +44,10 @@ def load(name: str | None, device: str | None) -> CodiModel:
     """The model to measure."""
     if name or TINY.is_dir():
         return load_codi(name or TINY, device=device)
-    from experiments.train import Config, build_model
+    from experiments.train import Resolved, build_model
 
     torch.manual_seed(0)
-    return build_model(Config(), "sdpa")[0]
+    return build_model(Resolved(), "sdpa")[0]
 
 
 def questions_of(model: CodiModel, n: int) -> list[str]:

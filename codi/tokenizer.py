@@ -1,8 +1,8 @@
 """A small byte-level BPE tokenizer with Llama-3's digit rule, in Hugging Face format.
 
 Any text can be encoded (256 byte tokens); a run of up to three digits is one token, longer runs split in groups of
-three from the left as Llama 3's do; frequent words of the given sentences are one token. Used to train a model from scratch;
-published checkpoints bring their own tokenizers.
+three from the left as Llama 3's do; frequent words of the given sentences are one token. Used to train a model from
+scratch; published checkpoints bring their own tokenizers.
 
 Knows nothing about models or tasks.
 """

@@ -8,8 +8,8 @@ One model plays both parts. For every problem, with the question computed once a
     loss = CE(student's answer) + f · KD + g · CE(teacher's chain and answer) + d · CE(direct answer)
 
 KD = mean over the n_layers + 1 hidden states of SmoothL1(student, stop-gradient teacher) / std(teacher) at the token
-just before the first answer token. In protocols with a named end-of-thought token that token ends the written chain too, and
-the two are compared there. LoRA and the projection are trained; the base weights are frozen.
+just before the first answer token. In protocols with a named end-of-thought token that token ends the written chain
+too, and the two are compared there. LoRA and the projection are trained; the base weights are frozen.
 
 The latent loop is `codi.rollout.rollout`, with gradients. Knows nothing about tasks, files or devices: problems come in
 as text, and the loop over steps (experiments/train.py) belongs to the caller.
@@ -255,7 +255,8 @@ class DistillationLoss(nn.Module):
         kd_weight: f (published: 20 for Llama, 1 for GPT-2).
         teacher_weight: g (published: 1).
         teacher_fraction: share of the problems in each batch (the first) whose written chain the teacher term sees,
-            0..1; the distillation target is computed for all of them. Below 1 the term is an unbiased estimate at less cost.
+            0..1; the distillation target is computed for all of them. Below 1 the term is an unbiased estimate at less
+            cost.
         direct_weight: d, of the direct answers (0 in the original family).
         direct_fraction: share of the problems in each batch that the direct term sees, 0..1.
         merged: compute with merged weights (see `MergedLora`).

@@ -78,7 +78,8 @@ def _short(value: Any, width: int = 60) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python, the project and what it stands on, and the git commit ("" outside a clone)."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "command": " ".join(sys.argv)}
-    for package in ("codi-steering", "torch", "transformers", "peft", "numpy", "pandas", "pyarrow", "scipy"):
+    packages = ("torch", "transformers", "tokenizers", "peft", "numpy", "pandas", "pyarrow", "scipy", "statsmodels")
+    for package in ("codi-steering", *packages):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

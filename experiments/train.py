@@ -199,9 +199,17 @@ def resolve(config: Config) -> Resolved:
     Raises:
         ValueError: options that contradict each other, or no configuration of a base model at `init`.
     """
-    preset = config.preset
+    preset, kind = config.preset, ""
+    if config.init:
+        try:
+            kind = AutoConfig.from_pretrained(config.init).model_type
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"base model {config.init} is neither a folder with a language model nor can it be fetched from the "
+                "Hugging Face hub: log in if it is gated, or on a machine with a connection run "
+                f"'hf download {config.init} --local-dir base', copy the folder here and give --init base"
+            ) from error
     if preset == "auto":
-        kind = AutoConfig.from_pretrained(config.init).model_type if config.init else ""
         preset = "tiny" if not config.init else "gpt2" if kind == "gpt2" else "llama-1b"
     if config.steps and config.epochs:
         raise UserError(f"give --steps or --epochs, not both: got {config.steps} and {config.epochs:g}")

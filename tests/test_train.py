@@ -137,6 +137,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"steps": None, "epochs": 2.0}, "needs a finite data set"),
         ({"steps": 3, "epochs": 2.0}, "--steps or --epochs, not both: got 3 and 2"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"init": "no/such-base"}, "base model no/such-base is neither a folder"),
     ],
 )
 def test_mistakes(tmp_path: Path, changes: dict, message: str) -> None:  # type: ignore[type-arg]
