@@ -113,6 +113,8 @@ TUNED_MEASURES: tuple[Measure, ...] = (
     Measure("tuned_entropy", "Entropy, tuned lens", "nats", -1, 0.1, False,
             "as entropy, by a tuned lens, mean over the layers below the last"),
 )  # fmt: skip
+LEAST_ACCURACY = 0.2
+"""A model that answers fewer prompts right than this (a fraction) says nothing about how latents work."""
 RULES: dict[str, str] = {
     "contrast": "coefficient of 'latent is even' in a least-squares fit with constant and linear trend in k",
     "unit": "number triple (cluster of prompts that share their numbers); bootstrap and sign flips move whole triples",
@@ -129,7 +131,8 @@ RULES: dict[str, str] = {
     "overall": "pooled profile: mean over testable measures of predicted sign x deviation from the prompt's mean, in "
     "units of its standard deviation. Supported: pooled contrast positive with p <= alpha, specific, and at least half "
     "of the testable measures (3 or more) supported. Contradicted: not so, and more than half of them contradicted. "
-    "Otherwise undecided",
+    "Otherwise undecided. Not testable with fewer than 3 testable measures, or for a model that answers fewer than "
+    f"{LEAST_ACCURACY:.0%} of the prompts right",
 }
 
 
@@ -288,12 +291,13 @@ class Result:
         return str(self.tests.set_index("measure").loc[measure, "verdict"])
 
 
-def analyse(profiles: Sequence[Profile], settings: Settings | None = None) -> Result:
+def analyse(profiles: Sequence[Profile], settings: Settings | None = None, accuracy: float | None = None) -> Result:
     """Test every measure, correct over them, and come to one verdict.
 
     Args:
         profiles: at least one; all over the same prompts.
         settings: level, α, resamples, permutations, seed.
+        accuracy: of the model on these prompts, a fraction; None: not known, so not asked for.
 
     Returns:
         Columns of `tests`: measure, predicted ("even" or "odd"), contrast (even − odd, trend removed), lower, upper, p
@@ -322,7 +326,11 @@ def analyse(profiles: Sequence[Profile], settings: Settings | None = None) -> Re
     for row, profile, reason in zip(rows, profiles, testable, strict=True):
         row["verdict"], row["reason"] = _verdict(row, profile.measure, reason, settings.alpha)
     pooled = _pool([profile for profile, reason in zip(profiles, testable, strict=True) if not reason], clusters)
-    rows.append(_overall(pooled, rows, codes, weights, settings, levels))
+    overall = _overall(pooled, rows, codes, weights, settings, levels)
+    if accuracy is not None and accuracy < LEAST_ACCURACY:
+        overall["verdict"] = "not testable"
+        overall["reason"] = f"the model answers {accuracy:.1%} of the prompts right, {LEAST_ACCURACY:.0%} are needed"
+    rows.append(overall)
     tests = pd.DataFrame(rows).drop(columns=["sums", "counts"])
     return Result(tests, pd.DataFrame(levels), settings)
 
@@ -517,26 +525,31 @@ def summary(result: Result) -> str:
         "",
         pooled,
         "",
-        "| measure | predicted higher | even − odd [95 %] | corrected p | d | explained | best split | first in | n "
-        "| verdict |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| measure | predicted higher | even − odd [95 %] | p vs 0 | p vs smallest | d | explained | best split "
+        "| first in | n | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in tests.drop(index="overall").iterrows():
         best = ", ".join(row["best_split"]) or "–"
         numbers = (
-            f"{_number(row)} | {_p(row['p_corrected'])} | {row['d']:.2f} | {row['explained']:.2f} | {best} | "
-            f"{100 * row['specific']:.0f} %"
-            if row["n"] else "– | – | – | – | – | –"
+            f"{_number(row)} | {_p(row['p_corrected'])} | {_p(row['p_absent'])} | {_two(row['d'])} | "
+            f"{_two(row['explained'])} | {best} | {100 * row['specific']:.0f} %"
+            if row["n"] else "– | – | – | – | – | – | –"
         )  # fmt: skip
         verdict = f"**{row['verdict']}**: {row['reason']}"
         lines.append(f"| {name} | {row['predicted']} | {numbers} | {row['n']} ({row['n_clusters']}) | {verdict} |")
     lines += [
         "",
-        "even − odd: coefficient beside a linear trend. explained: share of the differences between latents beyond the "
-        "trend. best split: one half of the split of the latents that explains most; first in: share of resamples of "
-        "triples in which even/odd does. n: prompts (triples).",
+        "even − odd: coefficient beside a linear trend. p vs 0, p vs smallest: corrected over the measures, against no "
+        "contrast and against the smallest one that would matter. explained: share of the differences between latents "
+        "beyond the trend. best split: one half of the split of the latents that explains most; first in: share of "
+        "resamples of triples in which even/odd does. n: prompts (triples).",
     ]
     return "\n".join(lines)
+
+
+def _two(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
 
 
 def _number(row: pd.Series) -> str:
@@ -575,10 +588,12 @@ def draw(result: Result) -> Figure:
 def _panel(ax: Axes, measure: Measure, levels: pd.DataFrame, test: pd.Series) -> None:
     ax.set_title(measure.label, fontsize=7.5, pad=11, fontweight="bold")
     higher = "even" if measure.predicted > 0 else "odd"
-    tested = test["verdict"] != "not testable"
-    p = f", p = {_p(test['p_corrected'])}".replace("= <", "<") if tested else ""
+    # a contradiction rests on the test against the smallest contrast that matters, everything else on that against 0
+    p = float(test["p_absent"] if test["verdict"] == "contradicted" else test["p_corrected"])
+    known = test["verdict"] != "not testable" and not np.isnan(p)
+    p_shown = f", p = {_p(p)}".replace("= <", "<") if known else ""
     ax.text(
-        0.5, 1.03, f"predicted: {higher} higher. {test['verdict']}{p}", transform=ax.transAxes, ha="center",
+        0.5, 1.03, f"predicted: {higher} higher. {test['verdict']}{p_shown}", transform=ax.transAxes, ha="center",
         va="bottom", fontsize=6,
     )  # fmt: skip
     ax.set_ylabel(measure.unit, fontsize=6.5)
@@ -699,6 +714,8 @@ class Config:
     """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
     protocol: Literal["original", "original-eos", "answer-only"] | None = None
     """Token order; None: what the checkpoint says or looks like."""
+    lora_alpha: float | None = None
+    """LoRA scale times rank; None: what the checkpoint says, or the published setting."""
     mask: Literal["carried", "published"] = "carried"
     """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
     out: Path = Path("runs/alternation")
@@ -714,6 +731,7 @@ def _therefore_tokens(model: CodiModel) -> list[int]:
 
 def main(config: Config) -> None:
     """Observe, test, judge; write tables, figures and claims; print the verdict."""
+    import torch
     from tqdm import tqdm
 
     from codi import load_codi
@@ -726,8 +744,8 @@ def main(config: Config) -> None:
         raise ValueError(f"batch_size must be at least 1, got {config.batch_size}")
     config.out.mkdir(parents=True, exist_ok=True)
     model = load_codi(
-        config.model, base=config.base, protocol=config.protocol, mask=config.mask, dtype=config.dtype,
-        device=None if config.device == "auto" else config.device, attention="eager",
+        config.model, base=config.base, protocol=config.protocol, lora_alpha=config.lora_alpha, mask=config.mask,
+        dtype=config.dtype, device=None if config.device == "auto" else config.device, attention="eager",
     )  # fmt: skip
     contrast_weights(model.n_latents)  # refuses a model with too few latents before the work
     split = load_split(
@@ -751,18 +769,16 @@ def main(config: Config) -> None:
             model, split.derivation, split.evaluation, lens=lens, max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size, advance=bar.update,
         )  # fmt: skip
-    result = analyse(profiles_of(observations, config.seed), settings)
-    import torch
-
+    assert observations.correct_after is not None
+    accuracy = float(observations.correct_after[:, -1].mean())
+    result = analyse(profiles_of(observations, config.seed), settings, accuracy)
     with torch.no_grad():
         end = model.embed(torch.tensor(model.protocol.eot_id, device=model.device)).float().cpu().numpy()
     claims = published_claims(
         observations, result, therefore=_therefore_tokens(model), end_embedding=end, seed=config.seed
     )
     written = _write(config, model, observations, result, claims, {**split.record(), "versions": versions()})
-    accuracy = observations.correct_after
-    assert accuracy is not None
-    head = f"{model.name}: {config.task}, accuracy {accuracy[:, -1].mean():.3f}"
+    head = f"{model.name}: {config.task}, accuracy {accuracy:.3f}"
     text = f"{head}\n\n{summary(result)}\n\n{claims.markdown()}"
     (config.out / "summary.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n\nWritten to {config.out}: {', '.join(path.name for path in written)}, summary.md")

@@ -101,6 +101,8 @@ class Config:
     """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
     protocol: Literal["original", "original-eos", "answer-only"] | None = None
     """Token order; None: what the checkpoint says or looks like."""
+    lora_alpha: float | None = None
+    """LoRA scale times rank; None: what the checkpoint says, or the published setting."""
     mask: Literal["carried", "published"] = "carried"
     """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
     out: Path = Path("runs/probes")
@@ -600,8 +602,8 @@ def main(config: Config) -> None:
     if any(len(problem.intermediates) < 1 for problem in problems):
         raise ValueError(f"{config.task}: probes need problems whose steps are known")
     model = load_codi(
-        config.model, base=config.base, protocol=config.protocol, mask=config.mask, dtype=config.dtype,
-        device=None if config.device == "auto" else config.device,
+        config.model, base=config.base, protocol=config.protocol, lora_alpha=config.lora_alpha, mask=config.mask,
+        dtype=config.dtype, device=None if config.device == "auto" else config.device,
     )  # fmt: skip
     if config.suffix:
         problems = with_suffix(problems, model.protocol.question_suffix)

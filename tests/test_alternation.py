@@ -161,6 +161,13 @@ def test_a_measure_at_its_floor_is_not_testable() -> None:
     assert "at its floor" in result.tests["reason"][0] and np.isnan(result.tests["p"][1])
 
 
+def test_a_model_that_cannot_do_the_task_says_nothing() -> None:
+    profiles = simulated(np.zeros(6), noise=0.1, clusters=40)
+    assert analyse(profiles, QUICK, accuracy=0.9).verdict() == "contradicted"
+    weak = analyse(profiles, QUICK, accuracy=0.1)
+    assert weak.verdict() == "not testable" and "10.0% of the prompts right" in weak.tests["reason"].iloc[-1]
+
+
 def test_direction_decides_the_sign_in_a_plane_and_an_arc_is_not_alternation() -> None:
     rng = np.random.default_rng(0)
     names = np.repeat([f"c{i}" for i in range(20)], 2)
