@@ -37,6 +37,7 @@ from codi import Intervention
 from codi.rope import rotate, unrotate
 from experiments.claims import Claim, ClaimsTable, judge
 from experiments.split import Split
+from experiments.stats import Settings
 from experiments.study import (
     Bank,
     ReplaceRows,
@@ -67,7 +68,7 @@ from steering.directions import generator
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["Config", "counterpart", "main", "mean_patching", "run", "value_patching"]
+__all__ = ["Config", "claimed_latents", "counterpart", "main", "mean_patching", "run", "value_patching"]
 
 RANDOM_FORMS = ("coordinate", "scalar", "norm")
 ENOUGH = 0.2
@@ -376,9 +377,11 @@ def interchange(model: CodiModel, thoughts: Thoughts, derivation: Sequence[Probl
     donor_row: list[int] = []
     code: list[tuple[str, int]] = []
     latent: list[int] = []
-    third = rng.permutation(len(problems))
     for i, mine in enumerate(of):
         choices: list[tuple[str, str, tuple[str, int], int]] = [("none", "", ("none", 0), 1)]
+        taken = {problems[i].answer, *(donors[row].answer for row in mine.values())}
+        strangers = [p.answer for p in problems if p.answer not in taken]
+        chance = float(strangers[int(rng.integers(len(strangers)))]) if strangers else float("nan")
         for kind in mine:
             for name, level, layer in levels_of + (per_layer if kind == "other" else []):
                 whole = [0] if not name.startswith(("slot layer", "residual")) else []
@@ -391,7 +394,7 @@ def interchange(model: CodiModel, thoughts: Thoughts, derivation: Sequence[Probl
             for column, entry in (
                 ("donor_kind", kind), ("level", name), ("where", where),
                 ("donor_answer", float(donor.answer)),
-                ("chance_answer", float(problems[int(third[i])].answer)),
+                ("chance_answer", chance),
                 ("step1_local", float(theirs[0] + own[1])),
                 ("step1_propagated", float(theirs[0] * problems[i].numbers[2] + theirs[0])),
                 ("step2_local", float(own[0] + theirs[1])),
@@ -482,6 +485,8 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
             contrasts += [(f"other key {w}", f"same key {w}") for w in ["all", *range(1, n + 1)]]
             tables["means"] = compare(part, contrasts, settings=settings)
             tables["means_levels"] = levels(part, settings=settings)
+            if n >= 5:
+                tables["claimed_latents"] = claimed_latents(part, "correct", "other key", "same key", settings)
         if "values" in trials:
             part = trials["values"]
             names = [name for name in part["condition"].unique() if name.startswith("target")]
@@ -513,23 +518,40 @@ def _value_name(step: int, scope: str, state: str, latent: int) -> str:
     return f"target step{step} {scope} {state} {latent}"
 
 
+def claimed_latents(trials: pd.DataFrame, outcome: str, kind: str, control: str, settings: Settings) -> pd.DataFrame:
+    """Claim C3 in one number: (kind − control) at latents 3 and 5, against the same at the other latents.
+
+    Args:
+        trials: with conditions "<kind> <latent>" and "<control> <latent>".
+        outcome, kind, control: as named.
+        settings: of the statistics.
+    """
+    means = trials.groupby(["cluster", "prompt_id", "condition"])[outcome].mean().unstack()
+    names = [str(name) for name in means.columns]
+    latents = [name.split()[-1] for name in names if name.startswith(f"{kind} ") and name.split()[-1].isdecimal()]
+    rows = []
+    for latent in latents:
+        value = means[f"{kind} {latent}"].astype(float) - means[f"{control} {latent}"].astype(float)
+        group = "latents 3, 5" if latent in ("3", "5") else "other latents"
+        rows.append(value.rename("value").dropna().reset_index().assign(condition=group))
+    return compare(pd.concat(rows), [("latents 3, 5", "other latents")], "value", settings)
+
+
 def published_claims(tables: dict[str, pd.DataFrame], n: int, config: Config) -> ClaimsTable:
     """C3 and C5."""
     claims = ClaimsTable()
     if "means" in tables:
         base = float(row_of(tables["means"], "mean 1", "none")["reference_mean"])
-        for k in range(1, n + 1):
-            row = row_of(tables["means"], f"other key {k}", f"same key {k}")
-            name = f"C3 (latent {k})"
-            if base < ENOUGH:
-                note = f"unedited accuracy is {base:.2f}: there is too little to lose"
-                claims.add(Claim(name, "mean of another key at one latent", "", "not testable", note=note))
-                continue
-            matters = k in (3, 5)
-            text = "mean of another key hurts" if matters else "mean of another key does no harm"
-            rule = "accuracy against the same key's mean is " + ("below 0" if matters else "above −0.05")
-            bound = {"below": 0.0} if matters else {"above": -0.05}
-            claims.add(effect_claim(name, text, rule, judge(row["lower"], row["upper"], **bound), row))
+        text = "the mean of another key hurts at latents 3 and 5 only"
+        rule = "accuracy (other key − same key) at latents 3 and 5, minus the other latents, is below 0"
+        if n < 5 or base < ENOUGH:
+            reason = f"this model has {n} latents" if n < 5 else f"unedited accuracy is {base:.2f}: little to lose"
+            claims.add(Claim("C3", text, rule, "not testable", note=reason))
+        else:
+            each = [row_of(tables["means"], f"other key {k}", f"same key {k}") for k in range(1, n + 1)]
+            note = "points per latent: " + ", ".join(interval(row, "difference") for row in each)
+            row = row_of(tables["claimed_latents"], "latents 3, 5")
+            claims.add(effect_claim("C3", text, rule, judge(row["lower"], row["upper"], below=0.0), row, note))
     if "values_local" in tables:
         k = min(5, n)
         for scope in ("same template", "other templates"):
@@ -566,22 +588,21 @@ def words(tables: dict[str, pd.DataFrame], trials: dict[str, pd.DataFrame], n: i
             lines.append(f"| {where} | " + " | ".join(cells) + " |")
         texts.append("\n".join(lines))
     if "values_hit" in tables:
+        latents = (min(5, n),) if config.legacy else range(1, n + 1)
         lines = [
-            "**Value patching.** Share of answers that are the predicted one (step 1: local / propagated), minus the "
-            "share when a third value's mean is put in the same place:",
+            "**Value patching.** Share of answers that are the predicted one, minus the share when a third value's "
+            "mean is put in the same place:",
             "",
-            "| patch | latent | local | propagated | predicted, target | predicted, control |",
-            "|---|---|---|---|---|---|",
+            "| patch | prediction | " + " | ".join(f"latent {k}" for k in latents) + " |",
+            "|---|---|" + "---|" * len(latents),
         ]
-        table = tables["values_hit"]
-        for name in table["condition"]:
-            local, propagated = row_of(tables["values_local"], name), row_of(tables["values_propagated"], name)
-            row = row_of(table, name)
-            what = name.removeprefix("target ").rsplit(" ", 1)
-            lines.append(
-                f"| {what[0]} | {what[1]} | {_cell(local)} | {_cell(propagated)} | {100 * row['mean']:.1f} | "
-                f"{100 * row['reference_mean']:.1f} |"
-            )
+        kinds_of = [(1, "local", "t + own step 2"), (1, "propagated", "t·Z + t"), (2, "local", "own step 1 + t")]
+        for step, outcome, label in kinds_of[2:] if config.legacy else kinds_of:
+            for scope in ("same template", "other templates"):
+                for state in ("vector", "residual"):
+                    names = [_value_name(step, scope, state, k) for k in latents]
+                    cells = [_cell(row_of(tables[f"values_{outcome}"], name)) for name in names]
+                    lines.append(f"| step {step}, {scope}, {state} | {label} | " + " | ".join(cells) + " |")
         texts.append("\n".join(lines))
     if "interchange_donor" in tables:
         texts += _interchange_words(tables, trials["interchange"], n)
@@ -598,9 +619,13 @@ def _interchange_words(tables: dict[str, pd.DataFrame], trials: pd.DataFrame, n:
     for kind in kinds:
         level_names = [x for x in trials[trials["donor_kind"] == kind]["level"].unique()]
         title = {"other": "another prompt", "operation": "the other operation", "twin": "the same key (control)"}[kind]
+        read = (
+            ""
+            if kind == "twin"
+            else " / share that gives the donor's answer, minus a third prompt's (the chance level)"
+        )
         lines = [
-            f"**Interchange with {title}.** Change of accuracy / share that gives the donor's answer (minus a third "
-            "prompt's answer, the chance level):",
+            f"**Interchange with {title}.** Change of accuracy{read}:",
             "",
             "| level | " + " | ".join(["all", *map(str, range(1, n + 1))]) + " |",
             "|---|" + "---|" * (n + 1),
@@ -613,10 +638,11 @@ def _interchange_words(tables: dict[str, pd.DataFrame], trials: pd.DataFrame, n:
                     cells.append("")
                     continue
                 lost, moved = row_of(tables["interchange_correct"], name), row_of(tables["interchange_donor"], name)
-                cells.append(
-                    f"{100 * lost['difference']:+.0f}{'*' if lost['q'] < 0.05 else ''} / "
-                    f"{100 * moved['difference']:+.0f}{'*' if moved['q'] < 0.05 else ''}".replace("-", "−")
-                )
+                shown = [
+                    f"{100 * row['difference']:+.0f}{'*' if row['q'] < 0.05 else ''}".replace("-", "−")
+                    for row in ((lost,) if kind == "twin" else (lost, moved))
+                ]
+                cells.append(" / ".join(shown))
             lines.append(f"| {level} | " + " | ".join(cells) + " |")
         texts.append("\n".join(lines))
     best = []
@@ -644,14 +670,14 @@ def figures(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config)
         left.axhline(100 * row_of(level, "none")["mean"], color="black", linewidth=0.9, label="unedited")
         for place, kind in enumerate(["same key", "other key", "mean", "zero", *RANDOM_FORMS]):
             rows = pd.DataFrame([row_of(level, f"{kind} {w}") for w in [*latents, "all"]])
-            draw_series(left, range(1, n + 2), rows, kind, place)
+            draw_series(left, range(1, n + 2), rows, kind, place, joined=n)
         left.set(xlabel="replaced latent", ylabel="accuracy (%)", title="Mean patching", ylim=(-2, None))
         left.set_xticks(range(1, n + 2), [*map(str, latents), "all"])
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) // 2)
         rows = pd.DataFrame([row_of(tables["means"], f"other key {w}", f"same key {w}") for w in [*latents, "all"]])
         right.axhline(0, color="black", linewidth=0.9)
-        draw_series(right, range(1, n + 2), rows, "other − same", 1, name="difference")
+        draw_series(right, range(1, n + 2), rows, "other − same", 1, name="difference", joined=n)
         right.set(xlabel="replaced latent", ylabel="points of accuracy", title="Other key against same key")
         right.set_xticks(range(1, n + 2), [*map(str, latents), "all"])
         found["means"] = figure

@@ -91,6 +91,12 @@ class Config(StudyOptions):
 
     out: Path = Path("runs/pca")
     """Run folder. One that holds the same run is continued; one that holds another run is refused."""
+    task: str = "arithmetic"
+    """Prompts: arithmetic, templates, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
+    min_steps: int | None = 3
+    """Only problems of at least this many steps; None: no bound. Not used for templates."""
+    max_steps: int | None = 5
+    """Only problems of at most this many steps; None: no bound. Not used for templates."""
     limit: int | None = 48
     """Number of evaluation prompts (a seeded choice); None: all."""
     derivation: int = 280
@@ -866,7 +872,7 @@ def figures(tables: dict[str, pd.DataFrame], where: pd.DataFrame, n: int, depth:
         rows = table[table["condition"] == f"{name} direction"].set_index("measure")
         rows = rows.loc[[f"eot_{layer}" for layer in range(depth + 1)]]
         draw_series(axes[0, 2], range(depth + 1), rows, name, place, scale=1)
-    axes[0, 2].set(xlabel="layer", title="Change at the end-of-thought token")
+    axes[0, 2].set(xlabel="layer", title="Change at the end of thought (spreads)")
     axes[0, 2].set_ylim(bottom=0)
     handles, labels = axes[0, 2].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))

@@ -46,7 +46,7 @@ from experiments.stats import (
     mcnemar_p,
     sign_flip_p,
 )
-from experiments.tasks import Problem, extract_answer, is_correct, with_suffix
+from experiments.tasks import TASK_NAMES, Problem, extract_answer, is_correct, with_suffix
 from experiments.tasks import templates as template_task
 from steering.directions import generator
 
@@ -106,6 +106,10 @@ class StudyOptions:
     """Evaluation prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
     limit: int | None = 160
     """Number of evaluation prompts (a seeded choice); None: all."""
+    min_steps: int | None = None
+    """Only problems of at least this many steps; None: no bound. Not used for templates."""
+    max_steps: int | None = None
+    """Only problems of at most this many steps; None: no bound. Not used for templates."""
     derivation: int = 1120
     """Most prompts that means and donors are taken from. They share no question and no numbers with the evaluation
     prompts (checked)."""
@@ -181,8 +185,8 @@ def load_model(config: StudyOptions, attention: Literal["sdpa", "eager"] = "sdpa
 def load_prompts(config: StudyOptions, suffix: str = "", known_steps: int = 0) -> Split:
     """Evaluation and derivation prompts.
 
-    With `legacy` and the task "templates": the published choice of the first 50 number triples (all their prompts, or
-    `limit` of them), which are also the prompts that means are taken from.
+    With `legacy` and a generated task: the template set, the published choice of the first 50 number triples (all their
+    prompts, or `limit` of them), which are also the prompts that means are taken from.
 
     Args:
         config: options.
@@ -193,7 +197,7 @@ def load_prompts(config: StudyOptions, suffix: str = "", known_steps: int = 0) -
         ValueError: as `load_split`, or prompts without the intermediate values that are needed.
     """
     text = suffix if config.suffix else ""
-    if config.legacy and config.task == "templates":
+    if config.legacy and config.task in TASK_NAMES:
         chosen = {f"{x},{y},{z}" for x, y, z in template_task.triples()[:LEGACY_TRIPLES]}
         problems = [problem for problem in template_task.generate(split="all") if problem.cluster in chosen]
         if config.limit is not None and config.limit < len(problems):
@@ -208,6 +212,8 @@ def load_prompts(config: StudyOptions, suffix: str = "", known_steps: int = 0) -
             derivation=config.derivation,
             seed=config.seed,
             suffix=text,
+            min_steps=None if config.task == "templates" else config.min_steps,
+            max_steps=None if config.task == "templates" else config.max_steps,
             legacy=config.legacy,
         )
     if known_steps:
@@ -833,7 +839,8 @@ def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: floa
     """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given."""
     sign = "+" if name == "difference" else ""
     numbers = [f"{scale * row[key]:{sign}.{digits}f}" for key in (name, "lower", "upper")]
-    numbers = [text.replace("-", "−") for text in numbers]
+    zero = {f"{value:{sign}.{digits}f}" for value in (0.0, -0.0)}
+    numbers = [f"{0:.{digits}f}" if text in zero else text.replace("-", "−") for text in numbers]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
 
@@ -891,9 +898,17 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = 2.6, **options: 
 
 
 def draw_series(
-    axis: Any, x: Sequence[float], table: pd.DataFrame, label: str, place: int, name: str = "mean", scale: float = 100
+    axis: Any,
+    x: Sequence[float],
+    table: pd.DataFrame,
+    label: str,
+    place: int,
+    name: str = "mean",
+    scale: float = 100,
+    joined: int | None = None,
 ) -> None:
-    """One series with intervals: points joined by a line, shifted a little so that intervals do not hide each other."""
+    """One series with intervals, shifted a little so that intervals do not hide each other; the first `joined` points
+    (None: all) are joined by a line."""
     shift = 0.07 * (place % 7 - 2)
     values = scale * table[name].to_numpy(float)
     spread = np.abs(np.stack([values - scale * table["lower"], scale * table["upper"] - values]))
@@ -905,10 +920,13 @@ def draw_series(
         marker=MARKERS[place % len(MARKERS)],
         markersize=3.5,
         linewidth=1.1,
+        linestyle="-" if joined is None else "none",
         elinewidth=0.8,
         capsize=1.5,
         label=label,
     )
+    if joined is not None:
+        axis.plot(np.asarray(x, float)[:joined] + shift, values[:joined], color=PALETTE[place % 7], linewidth=1.1)
 
 
 def draw_matrix(
@@ -922,12 +940,13 @@ def draw_matrix(
     significant: np.ndarray | None = None,
     bar: bool = True,
 ) -> None:
-    """A heat map with its numbers in the cells; `significant` cells are bold with a dot."""
+    """A heat map with its numbers in the cells (signed: blue above 0, red below); `significant` cells are bold with a
+    dot."""
     finite = values[np.isfinite(values)]
     high = float(np.abs(finite).max()) if finite.size else 1.0
     high = high or 1.0
     image = axis.imshow(
-        values, cmap="RdBu_r" if signed else "viridis", vmin=-high if signed else 0, vmax=high, aspect="auto"
+        values, cmap="RdBu" if signed else "viridis", vmin=-high if signed else 0, vmax=high, aspect="auto"
     )
     for i in range(values.shape[0]):
         for j in range(values.shape[1]):

@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AblatePrompt", "Config", "main", "prompt_means", "run", "transferred"]
 
-SOURCES = ("own", "same value", "other value", "noise")
 Story = tuple[str, str, int]
 """Template, operation, number of tokens."""
 
@@ -75,6 +74,8 @@ class Config(StudyOptions):
 
     out: Path = Path("runs/transfer")
     """Run folder. One that holds the same run is continued; one that holds another run is refused."""
+    limit: int | None = 300
+    """Number of evaluation prompts (a seeded choice); None: all. Prompts without a donor of the same value drop out."""
     draws: int = 3
     """Donors per prompt, and draws of noise."""
 
@@ -335,7 +336,7 @@ def words(tables: dict[str, pd.DataFrame], names: Sequence[str], config: Config)
             change = interval(row, "difference") + ("*" if row["q"] < 0.05 else "")
         donor = tables["donor_levels"]
         donor = donor[donor["condition"] == name]
-        shown = interval(donor.iloc[0]) if len(donor) and "own" not in rest else ""
+        shown = interval(donor.iloc[0]) if len(donor) and rest.startswith("other value") else ""
         lines.append(f"| {name} | {interval(row_of(tables['levels'], name))} | {change} | {shown} |")
     texts = ["\n".join(lines)]
     leak = row_of(tables["effects"], "leaky + nothing", "ablated + nothing")
@@ -364,7 +365,7 @@ def figure_of(tables: dict[str, pd.DataFrame], names: Sequence[str]) -> Any:
     ):
         shown = [(place, name) for place, name in enumerate(names) if name in table.index]
         if label.startswith("the donor"):
-            shown = [(place, name) for place, name in shown if " own " not in name]
+            shown = [(place, name) for place, name in shown if " other value " in name]
         rows = table.loc[[name for _, name in shown]]
         values = 100 * rows["mean"].to_numpy(float)
         spread = np.abs(np.stack([values - 100 * rows["lower"], 100 * rows["upper"] - values]))

@@ -32,7 +32,10 @@ def test_planted_latents_are_anchors(tmp_path: Path) -> None:
     edges = tables["edges_kl"].set_index("condition")["mean"]
     carried = {name for name, kl in edges.items() if kl > 0.5}
     # the answer reads latents 2 and 4; latent 1 and latent 3 read the prompt
-    assert carried == {"2 > answer", "4 > answer", "2 > all", "4 > all", "prompt > 1", "prompt > 3"}
+    assert carried == {
+        *("2 > answer", "4 > answer", "2 > all", "4 > all"),
+        *("prompt > 1", "prompt > 3", "question > 1", "question > 3"),
+    }
     heads = tables["heads"].set_index(["layer", "head"])
     assert heads.loc[(1, 1), "top"] == 2 and heads.loc[(1, 2), "top"] == 4
     assert (heads.loc[1, "q"] < 0.05).all() and (heads.loc[2, "q"] > 0.05).all()
@@ -44,15 +47,18 @@ def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
     assert tables["importance_kl"]["difference"].abs().max() < 1e-4
     edges = tables["edges_kl"].set_index("condition")["mean"]
     assert edges["prompt > answer"] > 0.5
-    assert edges.drop("prompt > answer").max() < 1e-4
+    assert edges["question > answer"] > 0.5
+    assert edges.drop(["prompt > answer", "question > answer"]).max() < 1e-4
 
 
 def test_hidden_slots() -> None:
-    """Row 0 hides column 4 from latent 2 only, row 1 from everybody later, row 2 the prompt, row 3 nothing."""
-    hide = HideSlots(torch.tensor([4, 4, -2, -1]), torch.tensor([2, 0, 2, 2]), prompt_width=4)
-    first, second, third = (hide.edit_mask(k, torch.ones(4, 4 + k, dtype=torch.bool)) for k in (1, 2, 3))
+    """Row 0 hides column 4 from latent 2 only, row 1 from everybody later, row 2 the prompt, row 3 nothing, row 4 the
+    question."""
+    question = torch.tensor([[1, 3]] * 5)
+    hide = HideSlots(torch.tensor([4, 4, -2, -1, -3]), torch.tensor([2, 0, 2, 2, 2]), 4, question)
+    first, second, third = (hide.edit_mask(k, torch.ones(5, 4 + k, dtype=torch.bool)) for k in (1, 2, 3))
     assert first.all()  # latent 1 itself, whose slot is column 4
-    assert (~second).nonzero().tolist() == [[0, 4], [1, 4], *([2, i] for i in range(4))]
+    assert (~second).nonzero().tolist() == [[0, 4], [1, 4], *([2, i] for i in range(4)), [4, 1], [4, 2]]
     assert (~third).nonzero().tolist() == [[1, 4]]
 
 
