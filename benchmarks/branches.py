@@ -336,7 +336,7 @@ def compare(cells: Cells, n_published: int, n_clones: int, repeats: int) -> dict
     flops = matrix_flops(cells, shared.tokens)
     rate_a, rate_b, rate_c = len(few) / seconds_a, len(some) / seconds_b, size / seconds_c
     return {
-        "model": model.name,
+        "model": model.name.removeprefix(f"{ROOT}/"),
         "device": str(device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompts": len(cells.run),
