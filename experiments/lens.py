@@ -150,7 +150,7 @@ class Train(ModelOptions):
     """Highest learning rate; None: 1e-3 for adamw (as published for CODI), 0.1 for sgd."""
     weight_decay: float = 1e-3
     """Weight decay, towards the identity."""
-    steps: int = 600
+    steps: int = 300
     """Most steps, one batch each; the rate decays linearly to zero over them."""
     evaluate_every: int = 25
     """Steps between looks at the validation questions; the state is saved as often."""
@@ -651,7 +651,7 @@ def show(config: Show, model: CodiModel, say: Callable[[str], None]) -> None:
         readings, answer = read_prompt(model, lenses, question, config.top)
         write_table(folder, "readings", readings)
         folder.write_json("prompt.json", {"question": question, "answer": answer})
-        title = f"{_wrapped(text, 100)}\n{_wrapped(f'answer: {_one_line(answer)}', 100)}"
+        title = f"{_wrapped(text, 112)}\n{_wrapped(f'answer: {_one_line(answer)}', 100)}"
         write_figure(folder, "heatmap", heatmap_figure(readings, title))
     say(f"{question}\nanswer: {_one_line(answer)}\n")
     for lens in lenses:
