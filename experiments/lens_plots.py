@@ -227,7 +227,10 @@ def held_out_figure(table: pd.DataFrame, lens_names: Sequence[str]) -> Figure:
         panel.set_title(position_label(position).replace("\n", " "))
         panel.set_yscale("log")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        if len(plain) <= 9:
+            panel.set_xticks(plain["layer"])
+        else:
+            panel.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("layer", fontsize=7)
     figure.supylabel("KL(output ‖ lens), nats, held out", fontsize=7)
     handles: dict[str, Any] = {}
