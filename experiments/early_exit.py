@@ -256,7 +256,7 @@ def words(tables: dict[str, pd.DataFrame], n: int, threshold: float, config: Con
     final = row_of(exit_, str(n))
     calibrated = tables["calibration"].set_index("latent")
     lines = [
-        f"{int(final['n'])} prompts of {config.task} in {int(final['n_clusters'])} clusters; per cent, 95 % intervals "
+        f"{int(final['n'])} prompts of {config.asked} in {int(final['n_clusters'])} clusters; per cent, 95 % intervals "
         "over clusters. Gain: against one latent fewer (* q < 0.05).",
         "",
         "| latents | accuracy | gain | same answer as in the end | confidence | ECE | Brier skill | AUROC |",

@@ -157,6 +157,11 @@ class StudyOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     @property
+    def asked(self) -> str:
+        """What the prompts are called in a summary."""
+        return "templates (the published choice)" if self.legacy and self.task in TASK_NAMES else self.task
+
+    @property
     def settings(self) -> Settings:
         """How the statistics are computed."""
         return Settings(resamples=self.resamples, permutations=self.permutations, seed=self.seed)

@@ -322,7 +322,7 @@ def words(tables: dict[str, pd.DataFrame], names: Sequence[str], config: Config)
     """The summary, paragraph by paragraph."""
     first = row_of(tables["levels"], "intact + nothing")
     lines = [
-        f"{int(first['n'])} prompts of {config.task} in {int(first['n_clusters'])} clusters; per cent, 95 % intervals "
+        f"{int(first['n'])} prompts of {config.asked} in {int(first['n_clusters'])} clusters; per cent, 95 % intervals "
         "over clusters; change against nothing put back into the same prompt (* q < 0.05).",
         "",
         "| prompt + latents | own answer | change | donor's answer |",
