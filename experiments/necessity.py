@@ -307,8 +307,8 @@ def words(tables: dict[str, pd.DataFrame], n: int, config: Config) -> list[str]:
     count, effects = tables["counts"], tables["effects"]
     base = row_of(count, str(n))
     texts = [
-        f"{int(base['n'])} prompts of {config.asked} in {int(base['n_clusters'])} clusters; accuracy and differences in "
-        "per cent and points, with 95 % intervals over clusters.",
+        f"{int(base['n'])} prompts of {config.asked} in {int(base['n_clusters'])} clusters; accuracy and differences "
+        "in per cent and points, with 95 % intervals over clusters.",
         "**How many.** Accuracy after k latents: "
         + "; ".join(f"{k}: {interval(row_of(count, str(k)))}" for k in range(n + 1))
         + f". Direct answer: {interval(row_of(count, 'direct'))}; after a written chain: "
