@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     questions = questions_of(model, max(given.prompts, given.slow_prompts))
     few, many = questions[: given.slow_prompts], questions[: given.prompts]
     result: dict[str, Any] = {
-        "model": model.name,
+        "model": Path(model.name).name,
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["peak_mb"] = {str(n): peak(given, n) for n in (given.prompts // 4, given.prompts)}
 
     print(
-        f"{model.name}, {model.device}, {result['threads']} threads, {model.n_layers} layers × "
+        f"{result['model']}, {model.device}, {result['threads']} threads, {model.n_layers} layers × "
         f"{model.n_latents} latents"
     )
     print(f"{'':28}{'(a) published':>16}{'(b) here':>12}{'ratio':>8}   prompts per second, rollout + training")

@@ -651,7 +651,7 @@ def show(config: Show, model: CodiModel, say: Callable[[str], None]) -> None:
         readings, answer = read_prompt(model, lenses, question, config.top)
         write_table(folder, "readings", readings)
         folder.write_json("prompt.json", {"question": question, "answer": answer})
-        title = f"{_wrapped(text, 112)}\n{_wrapped(f'answer: {_one_line(answer)}', 100)}"
+        title = f"{_wrapped(text, 122)}\n{_wrapped(f'answer: {_one_line(answer)}', 100)}"
         write_figure(folder, "heatmap", heatmap_figure(readings, title))
     say(f"{question}\nanswer: {_one_line(answer)}\n")
     for lens in lenses:
@@ -1125,9 +1125,11 @@ def causal(config: Causal, model: CodiModel, say: Callable[[str], None]) -> None
         mine = summary[summary["measure"] == measure].set_index("kind")
         kinds = mine.to_dict(orient="index")
         parts = [f"{kind} {span(row['mean'], row['lower'], row['upper'], 4)}" for kind, row in kinds.items()]
-        other = kinds["random"]
-        less = span(other["lens_minus"], other["lens_minus_lower"], other["lens_minus_upper"], 4)
-        lines.append(f"  {words}: {'; '.join(parts)}; lens − random {less}")
+        for kind in ("random", "covariance", "component"):
+            other = kinds[kind]
+            less = span(other["lens_minus"], other["lens_minus_lower"], other["lens_minus_upper"], 4)
+            parts.append(f"lens − {kind} {less}")
+        lines.append(f"  {words}: {'; '.join(parts)}")
     every = spearmanr(points["energy"], points["output"]).statistic
     inside = [
         spearmanr(cell["energy"], cell["output"]).statistic

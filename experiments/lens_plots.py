@@ -136,8 +136,8 @@ def _signed(value: float) -> str:
     return "0" if text in ("+0.00", "-0.00") else text.replace("-", "−")
 
 
-def _bar(figure: Figure, mappable: ScalarMappable, axes: Any, text: str) -> None:
-    bar = figure.colorbar(mappable, ax=axes, fraction=0.03, pad=0.01, aspect=30)
+def _bar(figure: Figure, mappable: ScalarMappable, axes: Any, text: str, extend: Any = "neither") -> None:
+    bar = figure.colorbar(mappable, ax=axes, fraction=0.03, pad=0.01, aspect=30, extend=extend)
     bar.set_label(text, fontsize=6.5)
     bar.outline.set_linewidth(0.4)  # type: ignore[operator]
     bar.ax.tick_params(labelsize=6, width=0.4, length=2)
@@ -317,7 +317,7 @@ def curves_figure(rates: pd.DataFrame, target: str, layers: Sequence[int]) -> Fi
                 )
                 panel.plot(mine["k"], mine["chance"], linestyle=":", color=style["color"], linewidth=0.8)
             panel.set_title(f"layer {layer}" if row == 0 else "")
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1)
             panel.set_xticks([1, 5, TOP])
             panel.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel(f"{_lens_title(lens).replace(', ', ',' + chr(10))}\ndetection rate")
@@ -357,7 +357,7 @@ def summary_figure(summaries: pd.DataFrame, measure: str, title: str) -> Figure:
         panel.set_title(f"layer {layer}")
         panel.set_xticks(sorted(here["latent"].unique()), [_short(p) for p in sorted(here["latent"].unique())])
         panel.spines[["top", "right"]].set_visible(False)
-        panel.set_ylim(bottom=0)
+    axes[0, 0].set_ylim(bottom=0)  # shared by all panels, once all of them are drawn
     figure.supylabel(title, fontsize=7)
     figure.supxlabel("latent (bot: begin-of-thought token); intervals: 95 % over clusters", fontsize=7)
     handles, names = axes.flat[0].get_legend_handles_labels()
@@ -416,17 +416,18 @@ def transfer_figure(table: pd.DataFrame, note: str = "") -> Figure:
         for n in lenses
     ]
     columns = [_short(position) for position in positions]
-    largest = float(np.nanmax(level))
+    # one bad position must not take all the colours: they end at the ninth decile, the numbers say the rest
+    largest = float(np.nanquantile(level, 0.9))
     texts = [["" if np.isnan(v) else f"{v:.2f}" for v in line] for line in level]
     shown = _matrix(axes[0, 0], level, names, columns, texts=texts, limits=(0.0, largest))
     axes[0, 0].set_title("KL(output ‖ lens), nats, mean over layers", loc="left")
     axes[0, 0].set_ylabel("lens trained on")
-    _bar(figure, shown, axes[0, 0], "nats")
-    limit = max(float(np.nanmax(np.abs(change))), 1e-6)
+    _bar(figure, shown, axes[0, 0], "nats", extend="max")
+    limit = max(float(np.nanquantile(np.abs(change), 0.9)), 1e-6)
     texts = [["" if np.isnan(v) else _signed(v) for v in line] for line in change]
     shown = _matrix(axes[0, 1], change, names, columns, texts=texts, colours="RdBu_r", limits=(-limit, limit))
     axes[0, 1].set_title("change against the logit lens (blue: better)", loc="left")
-    _bar(figure, shown, axes[0, 1], "nats")
+    _bar(figure, shown, axes[0, 1], "nats", extend="both")
     figure.supxlabel(
         f"applied to: token of a question (text), begin of thought (bot), latent. {note}".strip(), fontsize=7
     )
@@ -462,7 +463,7 @@ def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
             )
         panel.set_xticks(range(len(kinds)), [words[kind] for kind in kinds], fontsize=6)
         panel.set_xlim(-0.5, len(kinds) - 0.5)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(bottom=-0.03 * float(mine["upper"].max()))  # a marker at zero is not cut
         panel.set_title(title)
         panel.set_ylabel("KL after ablating one direction, nats")
         panel.spines[["top", "right"]].set_visible(False)
@@ -486,5 +487,5 @@ def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
     panel.set_xlabel("energy: KL of the lens, nats")
     panel.set_ylabel("KL of the model's output, nats")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(loc="upper left", handletextpad=0.2, borderpad=0.1, fontsize=6)
+    panel.legend(loc="lower right", handletextpad=0.2, borderpad=0.1, fontsize=6)
     return figure
