@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pca": ("experiments.pca", "principal components of latents and cache entries; where each edit's effect goes"),
     "anchors": ("experiments.anchors", "thought anchors: resample a latent, suppress attention, see what changes"),
     "early-exit": ("experiments.early_exit", "answer after each latent: agreement, calibration, latents saved"),
+    "findings": ("experiments.findings", "run every study on one model and collect what they found on one page"),
 }
 
 DISTRIBUTION = "codi-steering"

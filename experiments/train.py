@@ -161,8 +161,8 @@ class Config:
 class Resolved(Config):
     """A `Config` whose preset has been filled in; the defaults here are those of the preset "tiny"."""
 
-    teacher_steps: int = 1500
-    steps: int = 2000
+    teacher_steps: int = 2000
+    steps: int = 4000
     epochs: float = 0.0
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -174,8 +174,8 @@ class Resolved(Config):
     latent_scale: float = 0.0
     kd_weight: float = 20.0
     teacher_fraction: float = 0.6
-    direct_weight: float = 0.2
-    direct_fraction: float = 0.06
+    direct_weight: float = 0.1
+    direct_fraction: float = 0.03
     merged: bool = True
 
 

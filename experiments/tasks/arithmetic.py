@@ -18,7 +18,7 @@ from experiments.tasks.problem import Problem
 
 __all__ = ["MAX_STEPS", "MAX_VALUE", "OPERATIONS", "SPLITS", "corpus_sentences", "generate", "split_of", "stream"]
 
-MAX_VALUE = 150
+MAX_VALUE = 199
 MAX_STEPS = 5
 OPERATIONS = ("add", "subtract", "multiply", "bring")
 #: tenths of the number combinations given to each split; derivation and test never meet, nor does either meet training
@@ -100,7 +100,7 @@ def split_of(operations: Sequence[str], numbers: Sequence[int]) -> str:
 def _draw(rng: random.Random, n_steps: int) -> tuple[list[str], list[int], list[str], list[int]]:
     """Operations, numbers, equations and values of one story with exactly `n_steps` equations (may fail: empty
     lists)."""
-    value = rng.randint(2, 15)
+    value = rng.randint(2, 20)
     operations: list[str] = []
     numbers = [value]
     steps: list[str] = []
@@ -116,12 +116,12 @@ def _draw(rng: random.Random, n_steps: int) -> tuple[list[str], list[int], list[
                 allowed += ["bring"] * 3
         operation = rng.choice(allowed)
         if operation == "add":
-            operand = rng.randint(1, min(12, MAX_VALUE - value)) if value < MAX_VALUE else 0
+            operand = rng.randint(1, min(15, MAX_VALUE - value)) if value < MAX_VALUE else 0
             if operand == 0:
                 return [], [], [], []
             results = [(f"{value}+{operand}", value + operand)]
         elif operation == "subtract":
-            operand = rng.randint(1, min(12, value - 1))
+            operand = rng.randint(1, min(15, value - 1))
             results = [(f"{value}-{operand}", value - operand)]
         elif operation == "multiply":
             operand = rng.randint(2, min(4, MAX_VALUE // value))
