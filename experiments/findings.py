@@ -18,6 +18,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,6 @@ def run(study: Study, config: Config) -> None:
     )
     assert process.stdout is not None and process.stderr is not None
     # Progress bars come through as they are written; the end of them is kept, because an error is one line there.
-    import threading
-
     tail = bytearray()
 
     def pass_on() -> None:
@@ -169,7 +168,8 @@ def demoted(text: str) -> str:
     A study prints Markdown (its first heading tells) or plain text with Markdown tables of claims at its end.
     """
     lines = text.strip().splitlines()
-    if any(line.startswith(("#", "**")) for line in lines) or (sum(line.startswith("|") for line in lines) * 2 > len(lines)):
+    n_rows = sum(line.startswith("|") for line in lines)
+    if any(line.startswith(("#", "**")) for line in lines) or 2 * n_rows > len(lines):
         return "\n".join(re.sub(r"^#", "##", line) for line in lines)
     out: list[str] = []
     fenced = False

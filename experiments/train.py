@@ -3,6 +3,7 @@
     codi train --out runs/train                                  # the recipe of checkpoints/tiny
     codi train --out runs/llama --init meta-llama/Llama-3.2-1B-Instruct --data zen-E/GSM8k-Aug   # published settings
     accelerate launch --num_processes 8 -m experiments.train …   # the same on several GPUs
+    torchrun --nproc_per_node 2 -m experiments.train --threads 1 …   # on CPU cores: faster than one process with two
 
 From scratch (no --init) a base model learns to write its chain of thought first (stage "teacher"); then LoRA weights
 and the projection are distilled (stage "distillation", codi/training.py). Batches are a pure function of seed and step,
@@ -49,8 +50,10 @@ PUBLISHED: dict[str, Any] = {
     "lora_alpha": 32.0,
     "weight_decay": 0.1,
     "batch_size": 128,
+    "teacher_weight": 1.0,
     "teacher_fraction": 1.0,
     "direct_weight": 1.0,
+    "last_step": False,
     "merged": False,
     "latent_scale": 1.0,
     "teacher_steps": 0,
@@ -126,8 +129,8 @@ class Config:
     square of the base model's embeddings, so that a latent enters the residual stream as large as a token does."""
     kd_weight: float | None = None
     """f: weight of the distillation term (llama-1b 20, gpt2 1)."""
-    teacher_weight: float = 1.0
-    """g: weight of the teacher term."""
+    teacher_weight: float | None = None
+    """g: weight of the teacher term (published 1)."""
     teacher_fraction: float | None = None
     """Share of the problems whose written chain enters the teacher term (all give a distillation target;
     published 1)."""
@@ -136,10 +139,13 @@ class Config:
     direct_fraction: float | None = None
     """Share of the problems that are also (teacher stage: instead) answered directly (published 1 for
     answer-only, 0 for original)."""
-    first_weights: tuple[float, ...] = (2.0, 2.0, 1.5, 1.0, 0.6)
+    first_weights: tuple[float, ...] = (1.2, 1.2, 1.0, 1.0, 1.0)
     """Arithmetic: relative frequency of 1..5-step problems at the first step of a stage…"""
-    last_weights: tuple[float, ...] = (0.4, 0.8, 1.3, 1.3, 1.3)
+    last_weights: tuple[float, ...] = (0.5, 0.8, 1.2, 1.3, 1.3)
     """… and from half of the stage on; linear in between."""
+    last_step: bool | None = None
+    """Whether the written chain holds its last equation (published: no, because a teacher that has written the result
+    only copies it)."""
     merged: bool | None = None
     """Compute with merged LoRA weights: faster for small models (codi.training.MergedLora; tiny yes, published no)."""
 
@@ -162,20 +168,22 @@ class Resolved(Config):
     """A `Config` whose preset has been filled in; the defaults here are those of the preset "tiny"."""
 
     teacher_steps: int = 2000
-    steps: int = 4000
+    steps: int = 4400
     epochs: float = 0.0
     lr: float = 1e-3
     weight_decay: float = 0.05
     batch_size: int = 128
     micro_batch: int = 64
     lora_r: int = 128
-    lora_alpha: float = 96.0
+    lora_alpha: float = 64.0
     prj_dim: int = 384
     latent_scale: float = 0.0
     kd_weight: float = 20.0
+    teacher_weight: float = 2.0
     teacher_fraction: float = 0.6
     direct_weight: float = 0.1
     direct_fraction: float = 0.03
+    last_step: bool = True
     merged: bool = True
 
 
@@ -188,7 +196,8 @@ class _Text:
     answer_text: str
 
 
-def _text(problem: Problem, style: str) -> _Text:
+def _text(problem: Problem, style: str, last_step: bool = True) -> _Text:
+    problem = problem if last_step else replace(problem, steps=problem.steps[:-1])
     answer = format(Decimal(str(problem.answer)), "f")  # never 1e+06
     return _Text(problem.question, problem.chain, answer if style == "number" else f"The answer is: {answer}")
 
@@ -403,7 +412,8 @@ def run_stage(
         sums: dict[str, float] = {}
         parts = list(micro_batches(problems, micro_batch, accelerator.process_index, accelerator.num_processes))
         for i, part in enumerate(parts):
-            batch = collate([_text(p, model.protocol.answer_style) for p in part], model).to(accelerator.device)
+            texts = [_text(p, model.protocol.answer_style, config.last_step) for p in part]
+            batch = collate(texts, model).to(accelerator.device)
             with accelerator.accumulate() if i == len(parts) - 1 else accelerator.no_sync(wrapped):
                 with accelerator.autocast():
                     losses = wrapped(batch)

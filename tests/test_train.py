@@ -193,7 +193,7 @@ def test_published_settings_are_those_of_the_base(bases: dict[str, str], data: s
     for found in (llama, gpt2):
         assert (found.lora_r, found.lora_alpha, found.weight_decay, found.clip) == (128, 32, 0.1, 2.0)
         assert (found.batch_size, found.teacher_weight, found.teacher_fraction) == (128, 1, 1)
-        assert found.teacher_steps == 0 and not found.merged
+        assert found.teacher_steps == 0 and not found.merged and not found.last_step
     assert llama.direct_fraction * llama.direct_weight == 1 and gpt2.direct_fraction == 0
     tiny = train.resolve(train.Config())
     assert tiny == train.Resolved(preset="tiny") and tiny.merged and tiny.teacher_steps > 0
@@ -243,6 +243,17 @@ def test_answers_are_written_in_full() -> None:
         return train._text(replace(arithmetic.generate(1)[0], answer=value), "number").answer_text
 
     assert [answer(v) for v in (12, 1234567.5, 0.00001, -3)] == ["12", "1234567.5", "0.00001", "-3"]
+
+
+def test_the_last_equation_can_be_left_out() -> None:
+    """Published training leaves it out: a teacher that has written the result only copies it."""
+    problem = arithmetic.generate(1, min_steps=3)[0]
+    assert train._text(problem, "number").chain == problem.chain
+    *others, last = problem.steps
+    short = train._text(problem, "number", last_step=False)
+    assert short.chain == "".join(f"<<{step}>>" for step in others) and last not in short.chain
+    assert short.answer_text == str(problem.answer)
+    assert train._text(replace(problem, steps=()), "number", last_step=False).chain == ""
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def trainable(tiny_model: Callable[..., CodiModel]) -> Callable[..., CodiModel]:
     return make
 
 
-def manual_losses(model: CodiModel, problem: Text, n_latents: int) -> dict[str, Any]:
+def manual_losses(model: CodiModel, problem: Text, n_latents: int, gradient: bool = False) -> dict[str, Any]:
     """One problem, nothing shared, no cache: every term from full forward passes over embeddings."""
     p, tok = model.protocol, model.tokenizer
     question = tok(problem.question)["input_ids"]
@@ -62,11 +62,11 @@ def manual_losses(model: CodiModel, problem: Text, n_latents: int) -> dict[str, 
     def run(embeddings: torch.Tensor) -> Any:
         return model.base(inputs_embeds=embeddings[None], output_hidden_states=True, use_cache=False)
 
-    def ce(logits: torch.Tensor, start: int, targets: list[int]) -> float:
+    def ce(logits: torch.Tensor, start: int, targets: list[int]) -> torch.Tensor:
         rows = logits[0, start - 1 : start - 1 + len(targets)]
-        return float(F.cross_entropy(rows.float(), torch.tensor(targets)))
+        return F.cross_entropy(rows.float(), torch.tensor(targets))
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradient):
         embed = model.base.get_input_embeddings()
         ids = question + list(p.before_verbal)
         full = ids + chain + ([p.eot_id] if number else []) + answer
@@ -104,14 +104,35 @@ def test_loss_terms_against_full_recomputation(
     got = loss(collate([problem], model))
     want = manual_losses(model, problem, 3)
     for term in ("teacher", "student", "direct"):
-        assert float(got[term]) == pytest.approx(want[term], rel=2e-4), term
+        assert got[term].item() == pytest.approx(want[term].item(), rel=2e-4), term
     learnt, target = want["learnt"], want["target"]
     per_layer = [
         float(F.smooth_l1_loss(s, t)) / float(t.std()) for s, t in zip(learnt, target, strict=True)
     ]
     assert float(got["distillation"]) == pytest.approx(sum(per_layer) / len(per_layer), rel=2e-3)
-    total = want["student"] + 2 * float(got["distillation"]) + want["teacher"] + 0.5 * want["direct"]
+    total = float(want["student"] + want["teacher"] + 0.5 * want["direct"]) + 2 * float(got["distillation"])
     assert float(got["total"]) == pytest.approx(total, rel=2e-4)
+
+
+@pytest.mark.parametrize(("kind", "family"), [("llama", "answer-only"), ("gpt2", "original")])
+def test_gradients_against_full_recomputation(trainable: Callable[..., CodiModel], kind: str, family: str) -> None:
+    """Through every latent, the cache and the projection; the teacher's state is a constant."""
+    model = trainable(kind, family)
+    problem = PROBLEMS[0]
+    if family != "answer-only":
+        problem = Text(problem.question, problem.chain, f"The answer is: {problem.answer_text}")
+    loss = DistillationLoss(model, n_latents=3, kd_weight=2.0, direct_fraction=1.0, direct_weight=0.5, merged=False)
+    weights = {name: p for name, p in loss.named_parameters() if p.requires_grad}
+    got = torch.autograd.grad(loss(collate([problem], model))["total"], list(weights.values()))
+    want = manual_losses(model, problem, 3, gradient=True)
+    per_layer = [
+        F.smooth_l1_loss(s, t) / t.std()
+        for s, t in zip(want["learnt"], [t.detach() for t in want["target"]], strict=True)
+    ]
+    total = want["student"] + 2 * sum(per_layer) / len(per_layer) + want["teacher"] + 0.5 * want["direct"]
+    wanted = torch.autograd.grad(total, list(weights.values()))
+    for name, one, other in zip(weights, got, wanted, strict=True):
+        assert float((one - other).norm()) <= 2e-3 * float(other.norm()) + 1e-7, name
 
 
 def test_a_batch_is_the_token_weighted_mean_of_its_problems(trainable: Callable[..., CodiModel]) -> None:
