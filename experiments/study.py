@@ -947,34 +947,32 @@ def draw_matrix(
 ) -> None:
     """A heat map with its numbers in the cells (signed: blue above 0, red below); `significant` cells are bold with a
     dot."""
+    import seaborn
+
     finite = values[np.isfinite(values)]
-    high = float(np.abs(finite).max()) if finite.size else 1.0
-    high = high or 1.0
-    image = axis.imshow(
-        values, cmap="RdBu" if signed else "viridis", vmin=-high if signed else 0, vmax=high, aspect="auto"
+    high = (float(np.abs(finite).max()) if finite.size else 0.0) or 1.0
+    strong = np.zeros(values.shape, bool) if significant is None else significant
+    texts = [
+        [format(value, form).replace("-", "−") + ("•" if mark else "") for value, mark in zip(*line, strict=True)]
+        for line in zip(values, strong, strict=True)
+    ]
+    seaborn.heatmap(
+        values,
+        mask=~np.isfinite(values),
+        ax=axis,
+        cmap="RdBu" if signed else "viridis",
+        vmin=-high if signed else 0.0,
+        vmax=high,
+        annot=np.array(texts, dtype=object).reshape(values.shape),
+        fmt="",
+        annot_kws={"fontsize": 6.5},
+        xticklabels=list(columns),
+        yticklabels=list(rows),
+        cbar=bar,
+        cbar_kws={"fraction": 0.046, "pad": 0.02},
     )
-    for i in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            if not np.isfinite(values[i, j]):
-                continue
-            shade = abs(values[i, j]) / high
-            dark = shade > 0.6 if signed else shade < 0.6
-            strong = significant is not None and bool(significant[i, j])
-            axis.text(
-                j,
-                i,
-                format(values[i, j], form).replace("-", "−") + ("•" if strong else ""),
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                fontweight="bold" if strong else "normal",
-                color="white" if dark else "black",
-            )
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
+    for text in axis.texts:
+        if text.get_text().endswith("•"):
+            text.set_fontweight("bold")
     axis.set_title(title)
-    for side in ("top", "right", "left", "bottom"):
-        axis.spines[side].set_visible(False)
-    axis.tick_params(length=0)
-    if bar:
-        axis.figure.colorbar(image, ax=axis, fraction=0.046, pad=0.02).outline.set_visible(False)
+    axis.tick_params(length=0, rotation=0)
