@@ -19,6 +19,7 @@ Source: Shen et al. 2025, CODI, arXiv 2502.21074 (loss and settings).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,8 @@ class TrainingBatch:
         latent: tokens fed before latent 1, after the prefix (the same for every problem).
         answer, answer_mask, answer_read: as verbal, for what the student reads after its latents.
         direct, direct_mask: as verbal, for the direct answer.
+        step_read: (batch, step) position in `verbal` of the token before the result of each step; -1 where there is no
+            such step.
         verbal_start, direct_start, answer_start: number of leading tokens in each that are given, not predicted.
     """
 
@@ -72,6 +75,7 @@ class TrainingBatch:
     answer_read: Tensor
     direct: Tensor
     direct_mask: Tensor
+    step_read: Tensor
     verbal_start: int
     answer_start: int
     direct_start: int
@@ -146,10 +150,28 @@ def collate(problems: Sequence[Example], model: CodiModel) -> TrainingBatch:
         answer_read=torch.tensor([len(after) - 1 + s for s in ahead]),
         direct=direct_ids,
         direct_mask=direct_mask,
+        step_read=_step_ends(tokenizer, [p.chain for p in problems], len(lead)),
         verbal_start=len(lead),
         answer_start=len(after),
         direct_start=len(before_direct),
     )
+
+
+def _step_ends(tokenizer: Any, chains: Sequence[str], lead: int) -> Tensor:
+    """(row, step) place of the token before each result of chains such as "<<7+5=12>>", counted from `lead`; -1: none.
+
+    A result that does not begin a token of its own counts as none, as in tokenizers that report no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return torch.full((len(chains), 1), -1)
+    rows: list[list[int]] = []
+    for chain in chains:
+        encoded = tokenizer(chain, add_special_tokens=False, return_offsets_mapping=True)
+        starts = {begin: i for i, (begin, _) in enumerate(encoded["offset_mapping"])}
+        places = [starts.get(found.end(), 0) for found in re.finditer(r"=(?=[^=<>]*>>)", chain)]
+        rows.append([lead + place - 1 if place else -1 for place in places])
+    width = max(1, *map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
 
 
 def _common(*sequences: Sequence[int]) -> list[int]:
@@ -261,6 +283,9 @@ class DistillationLoss(nn.Module):
         direct_fraction: share of the problems in each batch that the direct term sees, 0..1.
         merged: compute with merged weights (see `MergedLora`).
         compute_dtype: of the merged weights.
+        step_weight: weight of the step term, which is no part of published CODI (0 there): at latent k the model is to
+            predict what the teacher predicts where it writes the result of step k (of the last step, if k is more). Can
+            be set between steps, to guide the start of training only.
 
     Source: Shen et al. 2025, arXiv 2502.21074, section 3.
     """
@@ -276,6 +301,7 @@ class DistillationLoss(nn.Module):
         direct_fraction: float = 0.1,
         merged: bool = True,
         compute_dtype: torch.dtype = torch.float32,
+        step_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if n_latents < 1:
@@ -291,10 +317,11 @@ class DistillationLoss(nn.Module):
         self.n_latents = n_latents
         self.kd_weight, self.teacher_weight, self.direct_weight = kd_weight, teacher_weight, direct_weight
         self.direct_fraction = direct_fraction
+        self.step_weight = step_weight
         self.lora = MergedLora(model.base, compute_dtype) if merged else None
 
     def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Losses "student", "distillation", "teacher", "direct" (each unweighted) and "total"."""
+        """Losses "student", "distillation", "teacher", "direct", "step" (each unweighted) and "total"."""
         if self.lora is not None:
             self.lora.refresh()
         model = self.model
@@ -309,9 +336,11 @@ class DistillationLoss(nn.Module):
         teacher = _cross_entropy(
             model, last, batch.verbal[rows], batch.verbal_mask[rows], batch.verbal_start, start.state[rows]
         )
+        written = last.detach()
         if n_taught < n:
             with torch.no_grad():
-                target = torch.cat((target, self._teacher(start, batch, everything[n_taught:])[1]))
+                more, others = self._teacher(start, batch, everything[n_taught:])
+            written, target = torch.cat((written, more)), torch.cat((target, others))
 
         before = _after_prefix(model, start, batch.latent)
         run = rollout(model, before, self.n_latents, keep=("cache",))
@@ -331,11 +360,30 @@ class DistillationLoss(nn.Module):
 
         losses = {"student": student, "distillation": distillation, "teacher": teacher}
         total = student + self.kd_weight * distillation + self.teacher_weight * teacher
+        if self.step_weight:
+            losses["step"] = self._steps(run.states[:, 1:], written, batch.step_read)
+            total = total + self.step_weight * losses["step"]
         n_direct = round(self.direct_fraction * n)
         if self.direct_weight and n_direct:
             losses["direct"] = _direct(model, start, batch, n_direct)
             total = total + self.direct_weight * losses["direct"]
         return {**losses, "total": total}
+
+    def _steps(self, latents: Tensor, written: Tensor, step_read: Tensor) -> Tensor:
+        """Cross-entropy (nats) of what latents (row, latent, d_model) predict against what the teacher's states
+        (row, position, d_model) predict before the result of a step."""
+        n_steps = (step_read >= 0).sum(1)
+        rows = (n_steps > 0).nonzero()[:, 0]
+        if not len(rows):
+            return latents.sum() * 0.0
+        k = torch.arange(latents.shape[1], device=latents.device)
+        step = torch.minimum(k, n_steps[rows, None] - 1)
+        places = step_read[rows].gather(1, step)
+        states = written[rows[:, None], places]
+        with torch.no_grad():
+            targets = self.model.logits(states).float().softmax(-1)
+        logits = self.model.logits(latents[rows]).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
     def _teacher(self, start: Any, batch: TrainingBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Last states (row, position, d_model) along the written chain, and the states to be matched, without gradient,

@@ -53,6 +53,7 @@ PUBLISHED: dict[str, Any] = {
     "teacher_weight": 1.0,
     "teacher_fraction": 1.0,
     "direct_weight": 1.0,
+    "step_weight": 0.0,
     "last_step": False,
     "merged": False,
     "latent_scale": 1.0,
@@ -134,6 +135,10 @@ class Config:
     teacher_fraction: float | None = None
     """Share of the problems whose written chain enters the teacher term (all give a distillation target;
     published 1)."""
+    step_weight: float | None = None
+    """Weight of the step term at the start: latent k is to predict what the teacher predicts where it writes the result
+    of step k (published 0: CODI guides no single latent). It is constant for 40 % of the stage, falls to 0 until 70 %,
+    and the rest is published CODI."""
     direct_weight: float | None = None
     """Weight of the direct-answer term (published 1)."""
     direct_fraction: float | None = None
@@ -168,7 +173,7 @@ class Resolved(Config):
     """A `Config` whose preset has been filled in; the defaults here are those of the preset "tiny"."""
 
     teacher_steps: int = 2000
-    steps: int = 4400
+    steps: int = 3000
     epochs: float = 0.0
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -181,6 +186,7 @@ class Resolved(Config):
     kd_weight: float = 20.0
     teacher_weight: float = 2.0
     teacher_fraction: float = 0.6
+    step_weight: float = 2.0
     direct_weight: float = 0.1
     direct_fraction: float = 0.03
     last_step: bool = True
@@ -360,6 +366,11 @@ def micro_batches(problems: Sequence[Problem], micro_batch: int, rank: int, n_ra
         yield random.Random(len(part) + i).sample(part, len(part))
 
 
+def guidance(step: int, n_steps: int) -> float:
+    """Share of the step term's weight: 1 for 40 % of the stage, then falling to 0 at 70 %."""
+    return min(1.0, max(0.0, (0.7 - step / n_steps) / 0.3))
+
+
 # --- One stage --------------------------------------------------------------------------------------------------------
 
 
@@ -408,6 +419,8 @@ def run_stage(
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine_schedule(step, n_steps)
+        if isinstance(loss, DistillationLoss):
+            loss.step_weight = config.step_weight * guidance(step, n_steps)
         problems = problems_of_step(config, data, stage, step, n_steps)
         sums: dict[str, float] = {}
         parts = list(micro_batches(problems, micro_batch, accelerator.process_index, accelerator.num_processes))

@@ -194,6 +194,7 @@ def test_published_settings_are_those_of_the_base(bases: dict[str, str], data: s
         assert (found.lora_r, found.lora_alpha, found.weight_decay, found.clip) == (128, 32, 0.1, 2.0)
         assert (found.batch_size, found.teacher_weight, found.teacher_fraction) == (128, 1, 1)
         assert found.teacher_steps == 0 and not found.merged and not found.last_step
+        assert found.step_weight == 0
     assert llama.direct_fraction * llama.direct_weight == 1 and gpt2.direct_fraction == 0
     tiny = train.resolve(train.Config())
     assert tiny == train.Resolved(preset="tiny") and tiny.merged and tiny.teacher_steps > 0
@@ -254,6 +255,11 @@ def test_the_last_equation_can_be_left_out() -> None:
     assert short.chain == "".join(f"<<{step}>>" for step in others) and last not in short.chain
     assert short.answer_text == str(problem.answer)
     assert train._text(replace(problem, steps=()), "number", last_step=False).chain == ""
+
+
+def test_the_step_term_leaves_in_time() -> None:
+    shares = [train.guidance(step, 1000) for step in (0, 399, 550, 700, 999)]
+    assert shares == pytest.approx([1, 1, 0.5, 0, 0])
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------

@@ -146,6 +146,39 @@ def test_a_batch_is_the_token_weighted_mean_of_its_problems(trainable: Callable[
     assert len({round(float(a["student"]), 3) for a in alone}) == 3  # and the problems do differ
 
 
+def test_the_step_term_reads_the_teacher_where_it_writes_results(trainable: Callable[..., CodiModel]) -> None:
+    """Against one forward pass per problem: latent k and the state before the result of step min(k, last)."""
+    model = trainable()
+    batch = collate(PROBLEMS, model)
+    loss = DistillationLoss(model, n_latents=3, direct_fraction=0.0, merged=False, step_weight=0.7)
+    got = loss(batch)
+    total = got["student"] + 20 * got["distillation"] + got["teacher"] + 0.7 * got["step"]
+    assert float(got["total"].detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+    terms = []
+    with torch.no_grad():
+        embed, tok = model.base.get_input_embeddings(), model.tokenizer
+        for problem in PROBLEMS:
+            ids = tok(problem.question)["input_ids"] + list(model.protocol.before_verbal)
+            states = []
+            for part in problem.chain.split("=")[:-1]:
+                part = problem.chain[: problem.chain.index(part) + len(part) + 1]  # up to and with this "="
+                chain = tok(part, add_special_tokens=False)["input_ids"]
+                states.append(model.base(input_ids=torch.tensor([ids + chain])).logits[0, -1])
+            x = embed(torch.tensor(tok(problem.question)["input_ids"] + list(model.protocol.before_latents)))
+            for k in range(4):
+                out = model.base(inputs_embeds=x[None], output_hidden_states=True)
+                if k:
+                    want = states[min(k, len(states)) - 1].softmax(-1)
+                    terms.append(-(want * out.logits[0, -1].log_softmax(-1)).sum())
+                x = torch.cat((x, model.prj(out.hidden_states[-1][0, -1])[None]))
+    assert float(got["step"].detach()) == pytest.approx(float(sum(terms)) / len(terms), rel=1e-3)
+    assert batch.step_read.ge(0).sum(1).tolist() == [2, 1, 2]
+    without = DistillationLoss(model, n_latents=3, direct_fraction=0.0, merged=False)(batch)
+    assert "step" not in without  # published CODI has none
+    empty = collate([Text("5?", "", "5")], model)
+    assert float(loss(empty)["step"].detach()) == 0.0
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_merged_lora_has_the_same_values_and_gradients(trainable: Callable[..., CodiModel], kind: str) -> None:
     model = trainable(kind, "original")
