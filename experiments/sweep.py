@@ -101,9 +101,9 @@ class SweepConfig:
     """What is edited: the cache slot of a latent, the vector fed at it, or the state it is projected from."""
     part: Annotated[_Several, tyro.conf.arg(metavar="keys|values|both …")] = ("both",)
     """Which part of the cache slot; kv space only."""
-    timing: Annotated[_Several, tyro.conf.arg(metavar="early-exit|continue|cached …")] = ("early-exit",)
+    timing: Annotated[_Several, tyro.conf.arg(metavar="early-exit|continue|cached …")] = ("default",)
     """When: early-exit stops thinking after the edited latent; continue edits and computes the remaining latents on the
-    edited past; cached computes all latents, then edits."""
+    edited past; cached computes all latents, then edits. default: cached, and early-exit with --legacy."""
     keys: Literal["content", "raw"] = "content"
     """Frame of key directions: content (un-rotated before averaging, rotated to the edited slot) or raw (as cached, the
     published way)."""
@@ -173,7 +173,7 @@ class SweepConfig:
         # what can be seen to be wrong before a model is loaded
         parse_choices("space", self.space, SPACES)
         parse_choices("part", self.part, PARTS)
-        parse_choices("timing", self.timing, TIMINGS)
+        timings_of(self)
         parse_choices("controls", self.controls, CONTROLS)
         parse_coefficients(self.coefficients)
         if self.seed < 0:
@@ -181,6 +181,17 @@ class SweepConfig:
 
 
 CONFIG = SweepConfig
+
+
+def timings_of(config: SweepConfig) -> tuple[Timing, ...]:
+    """The timings that a configuration asks for.
+
+    Raises:
+        ValueError: an unknown timing.
+    """
+    if tuple(config.timing) == ("default",):
+        return ("early-exit",) if config.legacy else ("cached",)
+    return parse_choices("timing", config.timing, TIMINGS)
 
 
 def main(config: SweepConfig) -> None:
@@ -407,7 +418,7 @@ def make_plan(config: SweepConfig, model: CodiModel) -> Plan:
     options = GridOptions(
         spaces=spaces,
         parts=parse_choices("part", config.part, PARTS) if in_kv else ("both",),
-        timings=parse_choices("timing", config.timing, TIMINGS),
+        timings=timings_of(config),
         pairs=parse_pairs(config.pairs, model.n_latents),
         latents=parse_numbers("latents", config.latents, model.n_latents),
         coefficients=parse_coefficients(config.coefficients),
