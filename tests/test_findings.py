@@ -36,10 +36,10 @@ def test_one_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     wrong = Study("patch", ("patch", "--limit", "0"), "…")
     monkeypatch.setattr(findings, "STUDIES", (quick, wrong))
     page = tmp_path / "page.md"
-    put(tmp_path, "page.md", f"# My words\n\nkept\n\n{MARKER}\nold\n")
+    put(tmp_path, "page.md", f"# My words\n\nkept\n\n{MARKER}\nof last week\n")
     findings.main(Config(model="checkpoints/tiny", out=tmp_path / "runs", page=page))
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("# My words\n\nkept\n") and "old" not in text
+    assert text.startswith("# My words\n\nkept\n") and "of last week" not in text
     printed = (tmp_path / "runs" / "early-exit" / "printed.md").read_text(encoding="utf-8")
     assert printed.splitlines()[0].startswith("# Early exit") and "\n## Early exit" in text
     assert (tmp_path / "page" / "early-exit-early-exit.png").stat().st_size > 1000
