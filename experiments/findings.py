@@ -163,14 +163,14 @@ def run(study: Study, config: Config) -> None:
 
 
 def demoted(text: str) -> str:
-    """What a study printed, as part of a page: headings one level lower, aligned plain text fenced, tables as they are.
+    """What a study printed, as part of a page: headings two levels lower, aligned plain text fenced, tables as they are.
 
     A study prints Markdown (its first heading tells) or plain text with Markdown tables of claims at its end.
     """
     lines = text.strip().splitlines()
     n_rows = sum(line.startswith("|") for line in lines)
     if any(line.startswith(("#", "**")) for line in lines) or 2 * n_rows > len(lines):
-        return "\n".join(re.sub(r"^#", "##", line) for line in lines)
+        return "\n".join(re.sub(r"^#", "###", line) for line in lines)
     out: list[str] = []
     fenced = False
     for line in lines:

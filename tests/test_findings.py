@@ -41,7 +41,7 @@ def test_one_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# My words\n\nkept\n") and "of last week" not in text
     printed = (tmp_path / "runs" / "early-exit" / "printed.md").read_text(encoding="utf-8")
-    assert printed.splitlines()[0].startswith("# Early exit") and "\n## Early exit" in text
+    assert printed.splitlines()[0].startswith("# Early exit") and "\n### Early exit" in text
     assert (tmp_path / "page" / "early-exit-early-exit.png").stat().st_size > 1000
     assert "Not run on this model: limit must be at least 1, got 0" in text
     assert "C1 (jump)" in text.split("## `codi")[0]  # the table of claims on top
@@ -59,7 +59,7 @@ def test_a_page_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 def test_plain_text_is_fenced_and_tables_are_not() -> None:
     text = "held-out KL\nlayer  1  2\n\n| claim | number |\n|---|---|\n| S1 | 2 |\n"
     assert demoted(text) == "```text\nheld-out KL\nlayer  1  2\n```\n\n| claim | number |\n|---|---|\n| S1 | 2 |"
-    assert demoted("# Title\n\n## Part\n**bold**") == "## Title\n\n### Part\n**bold**"
+    assert demoted("# Title\n\n## Part\n**bold**") == "### Title\n\n#### Part\n**bold**"
 
 
 def test_claims_of_all_studies_in_one_table(tmp_path: Path) -> None:
