@@ -163,7 +163,7 @@ def run(study: Study, config: Config) -> None:
 
 
 def demoted(text: str) -> str:
-    """What a study printed, as part of a page: headings two levels lower, aligned plain text fenced, tables as they are.
+    """What a study printed, as part of a page: headings two levels lower, aligned text fenced, tables as they are.
 
     A study prints Markdown (its first heading tells) or plain text with Markdown tables of claims at its end.
     """
