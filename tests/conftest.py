@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from codi import CodiModel, load_codi
+
+# A shell starts background jobs with Ctrl-C ignored; the tests that send it must not depend on how they were started.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 KINDS = ("llama", "gpt2", "qwen2", "qwen3", "mistral")
