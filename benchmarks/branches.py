@@ -366,12 +366,13 @@ def compiled(cells: Cells, repeats: int = 3) -> float:
     its own. The compiled parts stay compiled.
     """
     model = cells.model
+    decoder: Any = model.decoder
     decode(cells, cells.branches)
     before = min(clock(lambda: decode(cells, cells.branches), model.device)[0] for _ in range(repeats))
-    for layer in model.decoder.layers:
+    for layer in decoder.layers:
         for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
             part.compile(dynamic=True)
-    model.decoder.norm.compile(dynamic=True)
+    decoder.norm.compile(dynamic=True)
     decode(cells, cells.branches)  # compiles
     after = min(clock(lambda: decode(cells, cells.branches), model.device)[0] for _ in range(repeats))
     return before / after

@@ -29,10 +29,10 @@ from experiments import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.json"
-ENGINES = ("shared", "clones")
+ENGINES: tuple[branches.Engine, ...] = ("shared", "clones")
 
 
-def timed(engine: str, limit: int, out: Path) -> tuple[float, pd.DataFrame]:
+def timed(engine: branches.Engine, limit: int, out: Path) -> tuple[float, pd.DataFrame]:
     """Wall time (s) of one sweep with an engine, and its trials in a fixed order."""
     config = sweep.SweepConfig(model=str(ROOT / "checkpoints" / "tiny"), limit=limit, out=out)
     decode = functools.partial(branches.decode_branches, engine=engine)

@@ -15,6 +15,7 @@ Knows nothing about what a study does: only how it is called and where it leaves
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from experiments.claims import Claim
 
@@ -192,9 +193,9 @@ def claims_of(folder: Path) -> list[Claim]:
     file = folder / "claims.json"
     if not file.exists():
         return []
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    nan = float("nan")
-    return [Claim(**{key: nan if value is None else value for key, value in row.items()}) for row in rows]
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    whole: list[dict[str, Any]] = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    return [Claim(**row) for row in whole]
 
 
 def claims_table(config: Config) -> list[str]:
