@@ -160,7 +160,8 @@ def collate(problems: Sequence[Example], model: CodiModel) -> TrainingBatch:
 def _step_ends(tokenizer: Any, chains: Sequence[str], lead: int) -> Tensor:
     """(row, step) place of the token before each result of chains such as "<<7+5=12>>", counted from `lead`; -1: none.
 
-    A result that does not begin a token of its own counts as none, as in tokenizers that report no offsets.
+    A chain in which some result does not begin a token of its own counts as having no steps, as does every chain of a
+    tokenizer that reports no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         return torch.full((len(chains), 1), -1)
@@ -168,8 +169,8 @@ def _step_ends(tokenizer: Any, chains: Sequence[str], lead: int) -> Tensor:
     for chain in chains:
         encoded = tokenizer(chain, add_special_tokens=False, return_offsets_mapping=True)
         starts = {begin: i for i, (begin, _) in enumerate(encoded["offset_mapping"])}
-        places = [starts.get(found.end(), 0) for found in re.finditer(r"=(?=[^=<>]*>>)", chain)]
-        rows.append([lead + place - 1 if place else -1 for place in places])
+        places = [starts.get(found.end(), 0) for found in re.finditer(r"=(?=[^=<>]+>>)", chain)]
+        rows.append([lead + place - 1 for place in places] if all(places) else [])
     width = max(1, *map(len, rows))
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
 

@@ -120,6 +120,7 @@ def run(study: Study, config: Config) -> None:
     """Run one study in a process of its own and keep what it printed as printed.md (or refused.txt) in its folder.
 
     Raises:
+        ValueError: it was refused in a folder where it ran before, such as one of another model; what is there stays.
         RuntimeError: it broke off for a reason that is not the caller's.
         KeyboardInterrupt: it was interrupted.
     """
@@ -153,13 +154,14 @@ def run(study: Study, config: Config) -> None:
     if code not in (0, 2):
         raise RuntimeError(f"codi {' '.join(study.command)} broke off with exit code {code}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "refused.txt").unlink(missing_ok=True)
-    (folder / "printed.md").unlink(missing_ok=True)
     if code == 0:
+        (folder / "refused.txt").unlink(missing_ok=True)
         (folder / "printed.md").write_text(printed, encoding="utf-8")
         return
     lines = [line for line in tail.decode(errors="replace").splitlines() if " error: " in line]
     reason = lines[-1].split(" error: ", 1)[1] if lines else "no reason given"
+    if (folder / "printed.md").exists():  # it ran here before: not the model is refused but the folder or an option
+        raise ValueError(f"codi {' '.join(study.command)}: {reason}")
     (folder / "refused.txt").write_text(reason + "\n", encoding="utf-8")
 
 

@@ -193,7 +193,7 @@ def held_out_figure(table: pd.DataFrame, lens_names: Sequence[str]) -> Figure:
     figure, axes = _figure(0.45 + 1.55 * rows, rows, columns, sharex=True, sharey=True)
     for panel in axes.flat[len(positions) :]:
         panel.set_visible(False)
-    for panel, position in zip(axes.flat, positions, strict=False):
+    for panel, position in zip(axes.flat[: len(positions)], positions, strict=True):
         here = table[table["position"] == position]
         plain = here.drop_duplicates("layer").sort_values("layer")
         panel.plot(
@@ -337,7 +337,7 @@ def summary_figure(summaries: pd.DataFrame, measure: str, title: str) -> Figure:
     figure, axes = _figure(0.6 + 1.45 * rows, rows, columns, sharex=True, sharey=True)
     for panel in axes.flat[len(layers) :]:
         panel.set_visible(False)
-    for panel, layer in zip(axes.flat, layers, strict=False):
+    for panel, layer in zip(axes.flat[: len(layers)], layers, strict=True):
         for place, lens in enumerate(lenses):
             mine = here[(here["lens"] == lens) & (here["layer"] == layer)].sort_values("latent")
             values = mine["mean"].to_numpy()

@@ -399,7 +399,7 @@ def figures(tables: dict[str, pd.DataFrame], n: int) -> dict[str, Any]:
         half = n // 2
         first = [c for c in [(), *subsets(half)]]
         second = [tuple(k + half for k in c) for c in [(), *subsets(n - half)]]
-        for axis, kind in zip(axes[0], ON_ALL_SUBSETS, strict=False):
+        for axis, kind in zip(axes[0, :-1], ON_ALL_SUBSETS, strict=True):
             values = np.array([[100 * row_of(level, name_of(kind, (*a, *b)))["mean"] for b in second] for a in first])
             labels = [["".join(map(str, c)) or "–" for c in group] for group in (first, second)]
             draw_matrix(axis, values, labels[0], labels[1], f"Accuracy (%), {kind}", bar=False)

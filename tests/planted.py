@@ -30,7 +30,7 @@ SHARP = 40.0  # logit of a wanted slot over the others
 
 _SIZES = {"A": A, "B": B, "RA": A, "RB": B, "LA": A, "LB": B, "FA": A, "FB": B, "ANS": A + B + 1}
 _SIZES |= dict.fromkeys(("isA", "isB", "isE", "isNum", "isBos", "p1", "p2", "p3", "p4", "up", "down"), 1)
-_STARTS = dict(zip(_SIZES, torch.tensor([0, *_SIZES.values()]).cumsum(0).tolist(), strict=False))
+_STARTS = dict(zip(_SIZES, torch.tensor([0, *_SIZES.values()]).cumsum(0)[:-1].tolist(), strict=True))
 assert sum(_SIZES.values()) <= D
 
 

@@ -45,6 +45,10 @@ def test_one_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "page" / "early-exit-early-exit.png").stat().st_size > 1000
     assert "Not run on this model: limit must be at least 1, got 0" in text
     assert "C1 (jump)" in text.split("## `codi")[0]  # the table of claims on top
+    with pytest.raises(ValueError, match="early-exit"):  # another seed in the same folder: refused, and nothing is lost
+        findings.main(Config(model="checkpoints/tiny", out=tmp_path / "runs", page=page, seed=1))
+    assert (tmp_path / "runs" / "early-exit" / "printed.md").read_text(encoding="utf-8") == printed
+    assert page.read_text(encoding="utf-8") == text
 
 
 def test_a_page_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from experiments.grid import (
 from experiments.runs import RunFolder
 from experiments.split import check_disjoint, load_split
 from experiments.stats import cell_statistics
-from experiments.sweep import SweepConfig, collect_means, make_plan, sweep
+from experiments.sweep import SweepConfig, collect_means, make_plan, sweep, timings_of
 from experiments.tasks import Problem, extract_answer, is_correct
 from steering.directions import difference, generator, random_direction
 from steering.interventions import AddDirection
@@ -419,6 +419,12 @@ def test_killed_at_random_moments_and_continued_is_one_run(codi_model, tmp_path)
     assert kills >= 3 and len(set(moments)) >= 3, (kills, moments)
     pd.testing.assert_frame_equal(frame(RunFolder(tmp_path / "killed")), whole)
     assert not list((tmp_path / "killed").rglob("*.partial"))
+
+
+def test_default_timing_is_cached_and_early_exit_with_legacy():
+    assert timings_of(SweepConfig()) == ("cached",)
+    assert timings_of(SweepConfig(legacy=True)) == ("early-exit",)
+    assert timings_of(SweepConfig(legacy=True, timing=("continue",))) == ("continue",)  # refused later, by its name
 
 
 def test_ctrl_c_leaves_a_folder_that_goes_on(codi_model, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 from codi import CodiModel
 from codi.checkpoint import add_lora, load_codi, reference_state, save_checkpoint
-from codi.training import DistillationLoss, MergedLora, TeacherLoss, collate, cosine_schedule
+from codi.training import DistillationLoss, MergedLora, TeacherLoss, _step_ends, collate, cosine_schedule
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def test_loss_terms_against_full_recomputation(
     ]
     assert got["distillation"].item() == pytest.approx(sum(per_layer) / len(per_layer), rel=2e-3)
     total = float(want["student"] + want["teacher"] + 0.5 * want["direct"]) + 2 * got["distillation"].item()
-    assert float(got["total"]) == pytest.approx(total, rel=2e-4)
+    assert got["total"].item() == pytest.approx(total, rel=2e-4)
 
 
 @pytest.mark.parametrize(("kind", "family"), [("llama", "answer-only"), ("gpt2", "original")])
@@ -180,6 +182,21 @@ def test_the_step_term_reads_the_teacher_where_it_writes_results(trainable: Call
     assert float(loss(empty)["step"].detach()) == 0.0
 
 
+def test_a_chain_counts_only_if_every_result_begins_a_token() -> None:
+    class Tokenizer:
+        """One token per character, except that "=7" is one."""
+
+        is_fast = True
+
+        def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+            pieces = re.findall(r"=7|.", text)
+            ends = list(itertools.accumulate(map(len, pieces)))
+            return {"offset_mapping": list(zip([0, *ends[:-1]], ends, strict=True)) if pieces else []}
+
+    chains = ["", "<<1+1=2>>", "<<1+1=2>><<2+5=7>>", "<<1+1=2>><<2+1=3>>"]
+    assert _step_ends(Tokenizer(), chains, 10).tolist() == [[-1, -1], [15, -1], [-1, -1], [15, 24]]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_merged_lora_has_the_same_values_and_gradients(trainable: Callable[..., CodiModel], kind: str) -> None:
     model = trainable(kind, "original")
@@ -228,7 +245,7 @@ def test_teacher_loss_mixes_chains_and_direct_answers(trainable: Callable[..., C
     want = [manual_losses(model, p, 1) for p in PROBLEMS]
     got = TeacherLoss(model, direct_fraction=1 / 3)(collate(PROBLEMS, model))
     assert float(got["direct"]) == pytest.approx(want[0]["direct"], rel=1e-4)
-    assert float(got["total"]) == pytest.approx(float(got["teacher"]) * 2 / 3 + float(got["direct"]) / 3, rel=1e-5)
+    assert got["total"].item() == pytest.approx(float(got["teacher"]) * 2 / 3 + float(got["direct"]) / 3, rel=1e-5)
 
 
 def test_a_trained_model_loads_and_answers_the_same(trainable: Callable[..., CodiModel], tmp_path: Any) -> None:
