@@ -152,7 +152,6 @@ class Branches:
         index = torch.as_tensor(rows, dtype=torch.long)
         return Branches(*(getattr(self, field.name)[index] for field in fields(self)))
 
-
     def without_edit(self) -> Branches:
         """The same rows, unedited."""
         zeros = torch.zeros_like(self.key_coefficient)
@@ -426,6 +425,7 @@ def decode_branches(
 
 
 _FEW_ROWS = {"cpu": 64, "cuda": 2048}  # up to here a pass costs more than its rows
+_WORTH_KEEPING = 0.9  # a batch is packed anew when less than this share of it is still being decoded
 _ROWS_WORTH_A_DRAFT = 4  # an unedited answer is computed as a draft if at least this many edited rows can use it
 
 
@@ -825,14 +825,16 @@ def _answer(
         cache.hide_own(ahead[None, :] >= (count - 1)[:, None])
     rows = torch.arange(size, device=device)  # the row of `tokens` that each row of the cache is
     while len(alive):
-        if len(alive) < len(rows):
+        if len(alive) < _WORTH_KEEPING * len(rows):
             cache.select(alive)
-            rows = rows[alive]
-        at = count[rows]
+            rows, alive = rows[alive], torch.arange(len(alive), device=device)
+        # Finished rows that are still in the cache are fed something and not read.
+        at = count[rows].clamp(max=limit - 1)
         positions = (position[rows] + len(after) - 1 + at)[:, None]
         states = _feed(model, model.embed(tokens[rows, at - 1][:, None]), cache, positions)[:, 0]
-        chosen = exclude(model, model.logits(states)).argmax(dim=-1)
-        tokens[rows, at] = chosen
-        count[rows] = at + 1
-        alive = ((chosen != eos) & (at + 1 < limit)).nonzero()[:, 0]
+        read = rows[alive]
+        chosen = exclude(model, model.logits(states[alive])).argmax(dim=-1)
+        tokens[read, count[read]] = chosen
+        count[read] += 1
+        alive = alive[(chosen != eos) & (count[read] < limit)]
     return tokens, first_logits

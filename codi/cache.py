@@ -132,6 +132,7 @@ def to_device(cache: DynamicCache, device: str | torch.device) -> DynamicCache:
 BRANCH_ATTENTION = "codi_branches"
 """Name under which the attention of branches is registered with transformers."""
 
+_SPARE = 4  # columns behind the prefix, for the scores of a row's own slots
 _WIDEST_TILE = 256
 _TILE_OVERHEAD = 24  # a tile costs about as much as this many more rows: its copy of the prefix
 
@@ -143,6 +144,11 @@ def _tile_width(sizes: Tensor) -> int:
     candidates = torch.tensor(widths)
     tiles = (-(-sizes[None, :] // candidates[:, None])).sum(1)
     return widths[int((tiles * (candidates + _TILE_OVERHEAD)).argmin())]
+
+
+def _spare(keys: Tensor, n: int) -> Tensor:
+    """Keys (tile, kv_head, column, d_head) with n columns of zeros behind them."""
+    return nn.functional.pad(keys, (0, 0, 0, n))
 
 
 class BranchCache:
@@ -158,7 +164,8 @@ class BranchCache:
 
     Layout: prefix (tile, kv_head, column, d_head), own slots (tile, kv_head, place, slot, d_head), both in the dtype
     in which attention is computed: float32, or float64 for a float64 model. What gets here has been rounded to the
-    model's dtype, as in any cache.
+    model's dtype, as in any cache. A few columns of zeros follow the keys of a prefix, so that the product with it
+    leaves room for the scores of own slots and the softmax runs over both without their being joined first.
 
     Args:
         cache: of the prompts; only read.
@@ -196,10 +203,11 @@ class BranchCache:
         self.hidden_from_first_token: Tensor | None = None
         tile_group = self._lay_out(groups)
         at = (prompts[tile_group].to(device)[:, None], columns.to(device)[None, :])
-        self._prefix = [(self._gather(keys, at), self._gather(values, at)) for keys, values in pairs]
+        self._prefix = [(_spare(self._gather(keys, at), _SPARE), self._gather(values, at)) for keys, values in pairs]
         self._bias: Tensor | None = None  # (tile · kv_head, 1, column): -inf at padding
         if not bool(visible.all()):
             bias = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
+            bias = nn.functional.pad(bias, (0, _SPARE))
             self._bias = bias[tile_group].to(device)[:, None].repeat_interleave(self.n_kv_heads, 0)
         self._column_positions = (first_positions[:, None] + columns)[tile_group].to(device)
         self._own_positions = self._to_tiles(self.positions)
@@ -311,6 +319,14 @@ class BranchCache:
         new = nn.functional.pad(hidden, (self.n_own - hidden.shape[1], 0))
         self._own_bias = self._own_bias.masked_fill(self._to_tiles(new), -torch.inf)
 
+    def _make_room(self, layer: int, n_slots: int) -> None:
+        """Columns behind the prefix for at least n_slots scores."""
+        keys, values = self._prefix[layer]
+        if keys.shape[2] < n_slots:
+            self._prefix[layer] = (_spare(keys, n_slots - keys.shape[2] + _SPARE), values)
+        if self._bias is not None and self._bias.shape[2] < n_slots:
+            self._bias = nn.functional.pad(self._bias, (0, n_slots - self._bias.shape[2] + _SPARE))
+
     # transformers' cache protocol
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -350,21 +366,23 @@ class BranchCache:
         n_heads, n_tokens, d_head = query.shape[1:]
         tiles, width, n_kv = self.n_tiles, self.width, self.n_kv_heads
         per_kv = n_heads // n_kv
-        keys, values = (x.flatten(0, 1) for x in self._prefix[layer])
         n_columns, n_own = self.n_columns, own_keys.shape[3]
+        n_slots = n_columns + n_own
+        self._make_room(layer, n_slots)
+        keys, values = (x.flatten(0, 1) for x in self._prefix[layer])
 
         q = torch.empty(tiles, n_kv, width, per_kv, n_tokens, d_head, dtype=self.dtype, device=query.device)
         q.copy_(self._to_tiles(query).unflatten(2, (n_kv, per_kv)).transpose(1, 2))
         # Shared part: one product per tile and kv-head; padding enters as the matrix that is added to.
-        shared = torch.baddbmm(
-            q.new_zeros(()) if self._bias is None else self._bias,
+        scores = torch.baddbmm(
+            q.new_zeros(()) if self._bias is None else self._bias[..., :n_slots],
             q.view(tiles * n_kv, -1, d_head),
-            keys.transpose(1, 2),
+            keys[:, :n_slots].transpose(1, 2),
             beta=0 if self._bias is None else 1,
             alpha=scaling,
         )
         if self.hidden_from_first_token is not None:
-            first = shared.view(-1, n_tokens, n_columns)[:, 0]
+            first = scores.view(-1, n_tokens, n_slots)[:, 0, :n_columns]
             first.masked_fill_(self.hidden_from_first_token, -torch.inf)
         # Own part: a few slots per row, the tokens just fed in causal order.
         q = q.view(tiles, n_kv, width, per_kv * n_tokens, d_head)
@@ -377,11 +395,13 @@ class BranchCache:
         if window is not None and window < self.longest:
             newest = self._own_positions[:, :, -n_tokens:, None]
             out = newest - self._column_positions[:, None, None] >= window  # (tile, place, token, column)
-            shared.view(tiles, n_kv, width, per_kv, n_tokens, n_columns).masked_fill_(out[:, None, :, None], -torch.inf)
+            shared = scores.view(tiles, n_kv, width, per_kv, n_tokens, n_slots)[..., :n_columns]
+            shared.masked_fill_(out[:, None, :, None], -torch.inf)
             out = newest - self._own_positions[:, :, None] >= window
             own.masked_fill_(out[:, None, :, None], -torch.inf)
 
-        weights = torch.cat((shared, own.view(tiles * n_kv, -1, n_own)), dim=-1).softmax(dim=-1)
+        scores[..., n_columns:] = own.view(tiles * n_kv, -1, n_own)
+        weights = scores.softmax(dim=-1)
         output = torch.bmm(weights[..., :n_columns], values).view(q.shape)
         own = weights[..., n_columns:].view(*q.shape[:-1], n_own)
         for slot in range(n_own):  # as a batched product of such thin matrices this takes several times as long
@@ -397,9 +417,6 @@ _ACTIVE: ContextVar[BranchCache] = ContextVar("branch cache in use")
 def branch_attention(decoder: nn.Module, cache: BranchCache) -> Iterator[None]:
     """While inside, the decoder attends through `cache`, which must be passed to it as `past_key_values`; afterwards
     its configured attention is back. The model's code stays as it is.
-
-    Raises:
-        ValueError: attention with a sliding window that is not longer than the text.
     """
     config: Any = decoder.config
     configured = config._attn_implementation

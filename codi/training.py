@@ -284,9 +284,9 @@ class DistillationLoss(nn.Module):
         direct_fraction: share of the problems in each batch that the direct term sees, 0..1.
         merged: compute with merged weights (see `MergedLora`).
         compute_dtype: of the merged weights.
-        step_weight: weight of the step term, which is no part of published CODI (0 there): at latent k the model is to
-            predict what the teacher predicts where it writes the result of step k (of the last step, if k is more). Can
-            be set between steps, to guide the start of training only.
+        step_weight: weight of the step term, which is no part of published CODI (0 there): the state that becomes
+            latent k is to predict what the teacher predicts where it writes the result of step k (of the last step, if
+            k is more). Can be set between steps, to guide the start of training only.
 
     Source: Shen et al. 2025, arXiv 2502.21074, section 3.
     """
@@ -362,7 +362,7 @@ class DistillationLoss(nn.Module):
         losses = {"student": student, "distillation": distillation, "teacher": teacher}
         total = student + self.kd_weight * distillation + self.teacher_weight * teacher
         if self.step_weight:
-            losses["step"] = self._steps(run.states[:, 1:], written, batch.step_read)
+            losses["step"] = self._steps(run.states[:, :-1], written, batch.step_read)
             total = total + self.step_weight * losses["step"]
         n_direct = round(self.direct_fraction * n)
         if self.direct_weight and n_direct:
@@ -371,8 +371,8 @@ class DistillationLoss(nn.Module):
         return {**losses, "total": total}
 
     def _steps(self, latents: Tensor, written: Tensor, step_read: Tensor) -> Tensor:
-        """Cross-entropy (nats) of what latents (row, latent, d_model) predict against what the teacher's states
-        (row, position, d_model) predict before the result of a step."""
+        """Cross-entropy (nats) of what the states that become latents (row, latent, d_model) predict against what the
+        teacher's states (row, position, d_model) predict before the result of a step."""
         n_steps = (step_read >= 0).sum(1)
         rows = (n_steps > 0).nonzero()[:, 0]
         if not len(rows):

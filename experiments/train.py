@@ -136,9 +136,9 @@ class Config:
     """Share of the problems whose written chain enters the teacher term (all give a distillation target;
     published 1)."""
     step_weight: float | None = None
-    """Weight of the step term at the start: latent k is to predict what the teacher predicts where it writes the result
-    of step k (published 0: CODI guides no single latent). It is constant for 40 % of the stage, falls to 0 until 70 %,
-    and the rest is published CODI."""
+    """Weight of the step term at the start: the state that becomes latent k is to predict what the teacher predicts
+    where it writes the result of step k (published 0: CODI guides no single latent). It is constant for 50 % of the
+    stage, falls to 0 until 75 %, and the rest is published CODI."""
     direct_weight: float | None = None
     """Weight of the direct-answer term (published 1)."""
     direct_fraction: float | None = None
@@ -173,7 +173,7 @@ class Resolved(Config):
     """A `Config` whose preset has been filled in; the defaults here are those of the preset "tiny"."""
 
     teacher_steps: int = 2000
-    steps: int = 3000
+    steps: int = 6000
     epochs: float = 0.0
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -184,10 +184,10 @@ class Resolved(Config):
     prj_dim: int = 384
     latent_scale: float = 0.0
     kd_weight: float = 20.0
-    teacher_weight: float = 2.0
+    teacher_weight: float = 10.0
     teacher_fraction: float = 0.6
     step_weight: float = 2.0
-    direct_weight: float = 0.1
+    direct_weight: float = 0.0
     direct_fraction: float = 0.03
     last_step: bool = True
     merged: bool = True
@@ -367,8 +367,8 @@ def micro_batches(problems: Sequence[Problem], micro_batch: int, rank: int, n_ra
 
 
 def guidance(step: int, n_steps: int) -> float:
-    """Share of the step term's weight: 1 for 40 % of the stage, then falling to 0 at 70 %."""
-    return min(1.0, max(0.0, (0.7 - step / n_steps) / 0.3))
+    """Share of the step term's weight: 1 for 50 % of the stage, then falling to 0 at 75 %."""
+    return min(1.0, max(0.0, (0.75 - step / n_steps) / 0.25))
 
 
 # --- One stage --------------------------------------------------------------------------------------------------------

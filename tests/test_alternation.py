@@ -231,9 +231,7 @@ def planted_model(alternates: bool, seed: int = 0) -> Observations:
     seen = states(problems)
     logits = 0.25 * seen @ head.T
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    readings = Readings(
-        np.argsort(-logits, -1)[:, :, None, :10], -(np.exp(log_p) * log_p).sum(-1)[:, :, None]
-    )
+    readings = Readings(np.argsort(-logits, -1)[:, :, None, :10], -(np.exp(log_p) * log_p).sum(-1)[:, :, None])
     n = len(problems)
     gains = np.where(LATENTS % 2 == 1, 0.25, 0.02) if alternates else np.full(6, 0.13)
     after = rng.random(n)[:, None] < np.concatenate([[0.05], 0.05 + np.cumsum(gains)])

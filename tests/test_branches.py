@@ -588,6 +588,20 @@ def test_memory_running_out_halves_the_batch(doubles: Any, monkeypatch: pytest.M
         decode_branches(model, run, table, branches)
 
 
+def test_long_answers_and_finished_rows_that_stay(doubles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own slots outgrow the columns kept free for them; rows that ended are still in the cache when others go on."""
+    model = doubles("llama")
+    run = model.rollout(model.encode(QUESTIONS), N_LATENTS)
+    table, branches = random_edits(model, "kv", size=60)
+    options: dict[str, Any] = {"max_new_tokens": 12, "drafts": False}
+    expected = decode_branches(model, run, table, branches, engine="clones", max_new_tokens=12)
+    assert len(set(map(len, expected.tokens))) > 2 and max(map(len, expected.tokens)) > 8
+    for share in (0.0, 0.5, 1.0):  # finished rows stay to the end, for a while, not at all
+        monkeypatch.setattr(engine, "_WORTH_KEEPING", share)
+        found = decode_branches(model, run, table, branches, **options)
+        assert found.tokens == expected.tokens and found.finished == expected.finished
+
+
 @pytest.mark.parametrize("sizes", [[7], [1, 1, 1], [300, 3, 3], [64, 64, 64], [5, 90, 17, 90]])
 def test_tiles(tiny_model: Any, sizes: list[int]) -> None:
     """Groups of any sizes: every row finds its own prefix and own slots, also after rows have left."""

@@ -181,9 +181,10 @@ def test_a_narrow_terminal_breaks_no_message(
     studies: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    assert "--coefficients: cannot read 'a-very-long-word-that-does-not-fit'" in codi(
-        capsys, "study", "--coefficients", "a-very-long-word-that-does-not-fit"
-    )[2]
+    assert (
+        "--coefficients: cannot read 'a-very-long-word-that-does-not-fit'"
+        in codi(capsys, "study", "--coefficients", "a-very-long-word-that-does-not-fit")[2]
+    )
     assert os.environ["COLUMNS"] == "30"
 
 

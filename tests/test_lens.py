@@ -530,9 +530,7 @@ def test_interrupted_training_goes_on_where_it_was(
 
 def test_legacy_is_the_published_recipe() -> None:
     options = lens.training_options(lens.Train(legacy=True))
-    assert (
-        options.target == "published" and not options.early_stopping and options.rate(0) == options.rate(299) == 1e-3
-    )
+    assert options.target == "published" and not options.early_stopping and options.rate(0) == options.rate(299) == 1e-3
     assert options.weight_decay == 0 and options.clip == float("inf")
     default = lens.training_options(lens.Train())
     assert default.target == "output" and default.early_stopping and default.rate(299) < 1e-5

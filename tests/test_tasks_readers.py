@@ -230,7 +230,7 @@ BAD = {
     "no_prompts.json": ('{"prompts": []}', "no prompts in it"),
     "broken.json": ('[{"question": "a", ', "not valid JSON .*line 1"),
     "broken.jsonl": ('{"question": "1?", "answer": "2"}\n{oops}\n', "broken.jsonl, line 2: not valid JSON"),
-    "object.json": ('{"data": 3}', "expected a list of records or an object with a list \"prompts\".*data"),
+    "object.json": ('{"data": 3}', 'expected a list of records or an object with a list "prompts".*data'),
     "number.json": ("3", "expected a list of records, got int"),
     "strings.json": ('["how many?"]', "record 0 must be an object with a question and an answer, got str"),
     "no_answer.json": ('[{"prompt": "a", "answer": 3}, {"prompt": "b"}]', "record 1 has no numeric answer.*prom"),

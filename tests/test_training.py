@@ -96,9 +96,7 @@ def manual_losses(model: CodiModel, problem: Text, n_latents: int, gradient: boo
 @pytest.mark.parametrize(
     ("kind", "family"), [("llama", "answer-only"), ("gpt2", "original"), ("qwen2", "original-eos")]
 )
-def test_loss_terms_against_full_recomputation(
-    trainable: Callable[..., CodiModel], kind: str, family: str
-) -> None:
+def test_loss_terms_against_full_recomputation(trainable: Callable[..., CodiModel], kind: str, family: str) -> None:
     model = trainable(kind, family)
     problem = PROBLEMS[0]
     if family != "answer-only":
@@ -109,9 +107,7 @@ def test_loss_terms_against_full_recomputation(
     for term in ("teacher", "student", "direct"):
         assert got[term].item() == pytest.approx(want[term], rel=2e-4), term
     learnt, target = want["learnt"], want["target"]
-    per_layer = [
-        float(F.smooth_l1_loss(s, t)) / float(t.std()) for s, t in zip(learnt, target, strict=True)
-    ]
+    per_layer = [float(F.smooth_l1_loss(s, t)) / float(t.std()) for s, t in zip(learnt, target, strict=True)]
     assert got["distillation"].item() == pytest.approx(sum(per_layer) / len(per_layer), rel=2e-3)
     total = float(want["student"] + want["teacher"] + 0.5 * want["direct"]) + 2 * got["distillation"].item()
     assert got["total"].item() == pytest.approx(total, rel=2e-4)
@@ -150,7 +146,7 @@ def test_a_batch_is_the_token_weighted_mean_of_its_problems(trainable: Callable[
 
 
 def test_the_step_term_reads_the_teacher_where_it_writes_results(trainable: Callable[..., CodiModel]) -> None:
-    """Against one forward pass per problem: latent k and the state before the result of step min(k, last)."""
+    """One pass per problem: the state that becomes latent k, and that before the result of step min(k, last)."""
     model = trainable()
     batch = collate(PROBLEMS, model)
     loss = DistillationLoss(model, n_latents=3, direct_fraction=0.0, merged=False, step_weight=0.7)
@@ -168,11 +164,10 @@ def test_the_step_term_reads_the_teacher_where_it_writes_results(trainable: Call
                 chain = tok(part, add_special_tokens=False)["input_ids"]
                 states.append(model.base(input_ids=torch.tensor([ids + chain])).logits[0, -1])
             x = embed(torch.tensor(tok(problem.question)["input_ids"] + list(model.protocol.before_latents)))
-            for k in range(4):
+            for k in range(1, 4):
                 out = model.base(inputs_embeds=x[None], output_hidden_states=True)
-                if k:
-                    want = states[min(k, len(states)) - 1].softmax(-1)
-                    terms.append(-(want * out.logits[0, -1].log_softmax(-1)).sum())
+                want = states[min(k, len(states)) - 1].softmax(-1)
+                terms.append(-(want * out.logits[0, -1].log_softmax(-1)).sum())
                 x = torch.cat((x, model.prj(out.hidden_states[-1][0, -1])[None]))
     assert float(got["step"].detach()) == pytest.approx(float(sum(terms)) / len(terms), rel=1e-3)
     assert batch.step_read.ge(0).sum(1).tolist() == [2, 1, 2]
