@@ -49,6 +49,8 @@ class Config:
     """Only problems of at least this many steps; None: no bound."""
     max_steps: int | None = None
     """Only problems of at most this many steps; None: no bound."""
+    reach: int | None = None
+    """Only problems in which some value is at least this."""
     suffix: bool = True
     """Append the sentence that ended the checkpoint's training questions (question_suffix of its protocol), if any."""
     modes: tuple[Mode, ...] = ("latent", "direct", "verbal")
@@ -276,7 +278,8 @@ def main(config: Config) -> None:
     for path in (config.out, config.answers):  # before the work, not after it
         if path is not None:
             _check_writable(path)
-    problems = load_task(config.task, config.split, config.limit, config.seed, "", config.min_steps, config.max_steps)
+    bounds = config.min_steps, config.max_steps, config.reach
+    problems = load_task(config.task, config.split, config.limit, config.seed, "", *bounds)
     from tqdm import tqdm
 
     from codi import load_codi

@@ -643,9 +643,7 @@ def show(config: Show, model: CodiModel, say: Callable[[str], None]) -> None:
     question = text if not suffix or text.rstrip().endswith(suffix.strip()) else text + suffix
     lenses = load_lens(config.read, config.lens, model)
     identity = lens_identity(config.read, config.lens)
-    mark = hashlib.sha256(json.dumps([question, config.read, identity, model.checkpoint_hash]).encode()).hexdigest()[
-        :8
-    ]
+    mark = hashlib.sha256(json.dumps([question, config.read, identity, model.checkpoint_hash]).encode()).hexdigest()[:8]
     out = config.out or Path(f"runs/lens-show-{mark}")
     with open_folder(out, "show", config, model, lens=identity) as folder:
         readings, answer = read_prompt(model, lenses, question, config.top)
@@ -725,9 +723,7 @@ def detect(config: Detect, model: CodiModel, say: Callable[[str], None]) -> None
         targets = [t for t in found.targets if t.startswith("step")][:3] + ["answer"]
         targets += ["question"] if "question" in found.targets and len(targets) < 4 else []
         targets = [t for t in targets if t != "steps" or "step2" not in targets]
-        note = "Numbers of several tokens count by their " + (
-            "first." if config.numbers == "first" else "every token."
-        )
+        note = "Numbers of several tokens count by their " + ("first." if config.numbers == "first" else "every token.")
         n = model.n_layers
         if n <= 8:
             write_figure(folder, "detection", detection_figure(rates, targets, config.k, note))
@@ -945,9 +941,7 @@ def difference_claims(table: pd.DataFrame, n: int, n_clusters: int) -> ClaimsTab
         observed = statistic(odd)
         every = [statistic(group) for group in combinations(latents, len(odd))]
         p = float(np.mean([value >= observed - 1e-12 for value in every]))
-        smallest = (2 if 2 * len(odd) == len(latents) else 1) / len(
-            every
-        )  # a group and its complement are one pattern
+        smallest = (2 if 2 * len(odd) == len(latents) else 1) / len(every)  # a group and its complement are one pattern
         claims.add(
             Claim(
                 f"S6, lens {lens}",

@@ -394,9 +394,7 @@ def detect(
         ValueError: fewer than 2 problems, or fewer than 1 donor.
     """
     if len(problems) < 2:
-        raise ValueError(
-            f"detection needs at least 2 problems (chance level: the others' values), got {len(problems)}"
-        )
+        raise ValueError(f"detection needs at least 2 problems (chance level: the others' values), got {len(problems)}")
     if donors < 1:
         raise ValueError(f"donors must be at least 1, got {donors}")
     if not 1 <= frequency_k <= TOP:

@@ -406,9 +406,7 @@ def transfer_figure(table: pd.DataFrame, note: str = "") -> Figure:
     level = (
         here.pivot(index="lens", columns="position", values="divergence").reindex(lenses, columns=positions).to_numpy()
     )
-    change = (
-        here.pivot(index="lens", columns="position", values="change").reindex(lenses, columns=positions).to_numpy()
-    )
+    change = here.pivot(index="lens", columns="position", values="change").reindex(lenses, columns=positions).to_numpy()
     names = [
         {"plain": "logit lens", "text": "text", "each": "one per position"}.get(
             n, f"latent {n}" if n.isdigit() and n != "0" else "begin of thought" if n == "0" else n

@@ -72,6 +72,7 @@ def load_split(
     suffix: str,
     min_steps: int | None = None,
     max_steps: int | None = None,
+    reach: int | None = None,
     legacy: bool = False,
 ) -> Split:
     """Load a task and split it.
@@ -85,7 +86,7 @@ def load_split(
         derivation: derivation prompts, at least 2, at most this many.
         seed: of generator, division and choice.
         suffix: appended to every question.
-        min_steps, max_steps: see `load_task`.
+        min_steps, max_steps, reach: see `load_task`.
         legacy: as the seed study did, derive from the evaluation set itself.
 
     Raises:
@@ -97,7 +98,7 @@ def load_split(
         raise ValueError(f"derivation must be at least 2 prompts, got {derivation}")
 
     def load(split: str, number: int | None) -> list[Problem]:
-        return load_task(task, split, number, seed, suffix=suffix, min_steps=min_steps, max_steps=max_steps)
+        return load_task(task, split, number, seed, suffix, min_steps, max_steps, reach)
 
     if legacy:
         evaluation = load("test", limit)

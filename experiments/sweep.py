@@ -58,9 +58,11 @@ __all__ = ["CONFIG", "Plan", "SweepConfig", "collect_means", "main", "make_plan"
 
 DEFAULT_MODEL = "checkpoints/tiny"
 DEFAULT_TASK = "arithmetic"
-DEFAULT_STEPS: tuple[int | None, int | None] = (3, 5)
-"""Steps of the default task's problems: chosen, before any steering was run, so that the unsteered shipped model is
-right in 55 to 85 % of them."""
+DEFAULT_STEPS: tuple[int | None, int | None] = (5, 5)
+"""Steps of the default task's problems…"""
+DEFAULT_REACH: int | None = 100
+"""… and the value that each of them reaches: chosen, before any steering was run, so that the unsteered shipped model
+is right in 55 to 85 % of them."""
 LEGACY_TASK = "templates"
 FORMAT = 1
 """Of the run folder; part of a run's identity."""
@@ -88,9 +90,12 @@ class SweepConfig:
     limit: int | None = 200
     """Number of evaluation prompts (a seeded choice); None: all."""
     min_steps: int | None = None
-    """Only problems of at least this many steps; None: 3 for the default task, else no bound."""
+    """Only problems of at least this many steps. The default task, left alone, has problems of 5 steps in which some value
+    is 100 or more; otherwise None is no bound."""
     max_steps: int | None = None
-    """Only problems of at most this many steps; None: 5 for the default task, else no bound."""
+    """Only problems of at most this many steps."""
+    reach: int | None = None
+    """Only problems in which some value is at least this."""
     derivation: int = 256
     """Number of prompts that directions are derived from. They share no question and no numbers with the evaluation
     prompts (checked); of a file at most half of the clusters are taken."""
@@ -435,11 +440,11 @@ def make_plan(config: SweepConfig, model: CodiModel) -> Plan:
         legacy=config.legacy,
     )
     task = str(config.prompts) if config.prompts is not None else config.task
-    min_steps, max_steps = config.min_steps, config.max_steps
+    min_steps, max_steps, reach = config.min_steps, config.max_steps, config.reach
     if task is None:
         task = LEGACY_TASK if config.legacy else DEFAULT_TASK
-    if task == DEFAULT_TASK and min_steps is None and max_steps is None:
-        min_steps, max_steps = DEFAULT_STEPS
+    if task == DEFAULT_TASK and (min_steps, max_steps, reach) == (None, None, None):
+        (min_steps, max_steps), reach = DEFAULT_STEPS, DEFAULT_REACH
     split = load_split(
         task,
         limit=config.limit,
@@ -447,6 +452,7 @@ def make_plan(config: SweepConfig, model: CodiModel) -> Plan:
         seed=config.seed,
         min_steps=min_steps,
         max_steps=max_steps,
+        reach=reach,
         suffix=model.protocol.question_suffix if config.suffix and not config.legacy else "",
         legacy=config.legacy,
     )

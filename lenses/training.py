@@ -97,9 +97,7 @@ class TrainingOptions:
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0..steps − 1."""
-        highest = (
-            self.lr if self.lr is not None else (1e-3 if self.optimizer == "adamw" else 1.0 * (1 - self.momentum))
-        )
+        highest = self.lr if self.lr is not None else (1e-3 if self.optimizer == "adamw" else 1.0 * (1 - self.momentum))
         if self.schedule == "constant":
             return highest
         rising = max(1, round(self.warmup * self.steps))

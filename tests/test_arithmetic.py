@@ -72,6 +72,7 @@ def test_weights_set_the_lengths() -> None:
     ("arguments", "message"),
     [
         ({"split": "dev"}, "split must be one of train, derivation, test"),
+        ({"max_steps": 1, "reach": 150}, "no problem of 1..1 steps was found that reaches 150"),
         ({"min_steps": 0}, "steps must satisfy 1 <= min <= max <= 5"),
         ({"max_steps": 6}, "steps must satisfy"),
         ({"weights": (1.0,)}, "5 weights are needed"),

@@ -295,6 +295,9 @@ def test_number_of_steps(tmp_path: Path) -> None:
         load_task(path, min_steps=9)
     with pytest.raises(ValueError, match="must not exceed"):
         load_task(path, min_steps=3, max_steps=2)
+    assert len(load_task(path, reach=1)) <= len(load_task(path))
+    with pytest.raises(ValueError, match="no problem has a value of 1000000 or more"):
+        load_task(path, reach=10**6)
 
 
 def test_suffix_is_added_once_and_can_be_left_out(tmp_path: Path) -> None:
@@ -323,7 +326,9 @@ def test_generated_tasks(task: str) -> None:
 
 def test_bounds_on_generated_tasks() -> None:
     assert {len(problem.steps) for problem in load_task("arithmetic", limit=30, min_steps=3, max_steps=4)} == {3, 4}
-    with pytest.raises(ValueError, match="all have 3 steps"):
+    large = load_task("arithmetic", limit=30, min_steps=4, reach=100)
+    assert min(max(problem.intermediates) for problem in large) >= 100 > min(problem.answer for problem in large)
+    with pytest.raises(ValueError, match="are one set: leave min_steps, max_steps and reach out"):
         load_task("templates", min_steps=2)
 
 

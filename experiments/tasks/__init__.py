@@ -29,6 +29,7 @@ def load_task(
     suffix: str = "",
     min_steps: int | None = None,
     max_steps: int | None = None,
+    reach: int | None = None,
 ) -> list[Problem]:
     """Problems of a task.
 
@@ -44,6 +45,7 @@ def load_task(
         suffix: text the checkpoint expects after every question (`model.protocol.question_suffix`); not added twice.
         min_steps, max_steps: keep problems of that many steps only; None: no bound. Problems whose steps are unknown
             are dropped if a bound is given.
+        reach: keep problems in which some value (an intermediate result or the answer) is at least this; None: all.
 
     Raises:
         ValueError: unknown task (the allowed ones are listed), an empty or broken file, records without answers,
@@ -56,7 +58,7 @@ def load_task(
     if not isinstance(suffix, str):
         raise ValueError(f"suffix must be the text itself, such as model.protocol.question_suffix, got {suffix!r}")
     if task in TASK_NAMES:
-        problems = _generate(task, split, limit, seed, min_steps, max_steps)
+        problems = _generate(task, split, limit, seed, min_steps, max_steps, reach)
     else:
         from experiments.tasks.readers import read_problems
 
@@ -66,6 +68,10 @@ def load_task(
             problems = [problem for problem in problems if low <= len(problem.steps) <= high]
             if not problems:
                 raise ValueError(f"{task}: no problem has between {low} and {high} steps")
+        if reach is not None:
+            problems = [p for p in problems if max((p.answer, *p.intermediates)) >= reach]
+            if not problems:
+                raise ValueError(f"{task}: no problem has a value of {reach} or more")
         if limit is not None and limit < len(problems):
             problems = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
     return with_suffix(problems, suffix)
@@ -121,16 +127,23 @@ def split_by_cluster(
 
 
 def _generate(
-    task: str, split: str, limit: int | None, seed: int, min_steps: int | None, max_steps: int | None
+    task: str,
+    split: str,
+    limit: int | None,
+    seed: int,
+    min_steps: int | None,
+    max_steps: int | None,
+    reach: int | None,
 ) -> list[Problem]:
     if task == "arithmetic":
         from experiments.tasks import arithmetic
 
         low = 1 if min_steps is None else min_steps
         high = arithmetic.MAX_STEPS if max_steps is None else max_steps
-        return arithmetic.generate(ARITHMETIC_COUNT if limit is None else limit, seed, split, low, high)
+        count = ARITHMETIC_COUNT if limit is None else limit
+        return arithmetic.generate(count, seed, split, low, high, 1 if reach is None else reach)
     from experiments.tasks import templates
 
-    if min_steps is not None or max_steps is not None:
-        raise ValueError("the problems of task 'templates' all have 3 steps: leave min_steps and max_steps out")
+    if min_steps is not None or max_steps is not None or reach is not None:
+        raise ValueError("the problems of task 'templates' are one set: leave min_steps, max_steps and reach out")
     return templates.generate(limit, seed, split)

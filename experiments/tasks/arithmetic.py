@@ -21,6 +21,7 @@ __all__ = ["MAX_STEPS", "MAX_VALUE", "OPERATIONS", "SPLITS", "corpus_sentences",
 MAX_VALUE = 199
 MAX_STEPS = 5
 OPERATIONS = ("add", "subtract", "multiply", "bring")
+_PATIENCE = 100_000  # draws in a row without a problem, after which there is taken to be none
 #: tenths of the number combinations given to each split; derivation and test never meet, nor does either meet training
 SPLITS = {"train": range(0, 8), "derivation": range(8, 9), "test": range(9, 10)}
 #: number combinations of the template set (templates.py): no split of this generator holds them
@@ -161,6 +162,7 @@ def stream(
     min_steps: int = 1,
     max_steps: int = MAX_STEPS,
     weights: Sequence[float] | None = None,
+    reach: int = 1,
 ) -> Iterator[Problem]:
     """Endless seeded stream of problems of one split.
 
@@ -169,12 +171,14 @@ def stream(
         split: "train", "derivation" or "test".
         min_steps, max_steps: number of equations, 1..5, drawn uniformly unless `weights` is given.
         weights: relative frequency of min_steps, min_steps + 1, …, max_steps.
+        reach: some value of every problem is at least this large.
 
     Yields:
         Problem with prompt_id "arithmetic-{split}-{seed}-{i}"; cluster = operations and numbers.
 
     Raises:
-        ValueError: unknown split, or steps outside 1..5.
+        ValueError: unknown split, steps outside 1..5, or so many problems in a row that do not reach `reach` that there
+            may be none.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -184,12 +188,16 @@ def stream(
     if weights is not None and len(weights) != len(lengths):
         raise ValueError(f"{len(lengths)} weights are needed for {min_steps}..{max_steps} steps, got {len(weights)}")
     rng = random.Random(f"arithmetic-{split}-{seed}")
-    index = 0
+    index = tries = 0
     while True:
+        tries += 1
+        if tries > _PATIENCE:
+            raise ValueError(f"no problem of {min_steps}..{max_steps} steps was found that reaches {reach}")
         n_steps = rng.choices(lengths, weights)[0] if weights is not None else rng.choice(lengths)
         operations, numbers, steps, values = _draw(rng, n_steps)
-        if not operations or split_of(operations, numbers) != split:
+        if not operations or max(values) < reach or split_of(operations, numbers) != split:
             continue
+        tries = 0
         question, items = _tell(rng, operations, numbers)
         yield Problem(
             prompt_id=f"arithmetic-{split}-{seed}-{index}",
@@ -206,13 +214,13 @@ def stream(
 
 
 def generate(
-    n: int, seed: int = 0, split: str = "test", min_steps: int = 1, max_steps: int = MAX_STEPS
+    n: int, seed: int = 0, split: str = "test", min_steps: int = 1, max_steps: int = MAX_STEPS, reach: int = 1
 ) -> list[Problem]:
     """The first `n` problems of `stream` with distinct number combinations.
 
     Args:
         n: number of problems, at least 1.
-        seed, split, min_steps, max_steps: see `stream`.
+        seed, split, min_steps, max_steps, reach: see `stream`.
 
     Returns:
         n problems; every problem is a cluster of its own.
@@ -224,7 +232,7 @@ def generate(
         raise ValueError(f"the number of problems must be at least 1, got {n}")
     seen: set[str] = set()
     problems: list[Problem] = []
-    for tries, problem in enumerate(stream(seed, split, min_steps, max_steps)):
+    for tries, problem in enumerate(stream(seed, split, min_steps, max_steps, reach=reach)):
         if problem.cluster not in seen:
             seen.add(problem.cluster)
             problems.append(problem)

@@ -109,8 +109,10 @@ def read_file(path: str | Path) -> list[Problem]:
     content = _json(text, str(path))
     if isinstance(content, dict):
         if "prompts" not in content:
-            raise ValueError(f"{path}: expected a list of records or an object with a list \"prompts\", "
-                             f"got an object with {_names(content)}")
+            raise ValueError(
+                f'{path}: expected a list of records or an object with a list "prompts", '
+                f"got an object with {_names(content)}"
+            )
         content = content["prompts"]
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected a list of records, got {type(content).__name__}")
@@ -218,8 +220,9 @@ def _problem(record: Mapping[str, Any], where: str, prompt_id: str) -> Problem:
     else:
         question = _first(record, _QUESTION_FIELDS)
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{where} has no question: one of {', '.join(_QUESTION_FIELDS)} is needed, "
-                         f"got {_names(record)}")
+        raise ValueError(
+            f"{where} has no question: one of {', '.join(_QUESTION_FIELDS)} is needed, got {_names(record)}"
+        )
     question = question.strip().replace("  ", " ")
     answer = _answer(_first(record, _ANSWER_FIELDS), where, record)
     steps = _steps(record)
@@ -255,8 +258,11 @@ def _twins(record: Mapping[str, Any], where: str, prompt_id: str) -> list[Proble
             first = x + sign * y
             second = first * z
             if first + second == answer:  # another formula than the published one: its steps are not known
-                steps = (f"{x}{'+' if sign > 0 else '-'}{y}={first}", f"{first}*{z}={second}",
-                         f"{first}+{second}={first + second}")
+                steps = (
+                    f"{x}{'+' if sign > 0 else '-'}{y}={first}",
+                    f"{first}*{z}={second}",
+                    f"{first}+{second}={first + second}",
+                )
                 values = (first, second, first + second)
             whole: tuple[int, ...] = (x, y, z)
             cluster = f"{x},{y},{z}"
@@ -299,8 +305,10 @@ def _answer(value: Any, where: str, record: Mapping[str, Any]) -> int | float:
         value = value.rsplit("####", 1)[-1]
     number = parse_number(value)
     if number is None:
-        raise ValueError(f"{where} has no numeric answer: one of {', '.join(_ANSWER_FIELDS)} is needed, "
-                         f"got {_names(record)}" + ("" if value is None else f" with {str(value)[:40]!r}"))
+        raise ValueError(
+            f"{where} has no numeric answer: one of {', '.join(_ANSWER_FIELDS)} is needed, "
+            f"got {_names(record)}" + ("" if value is None else f" with {str(value)[:40]!r}")
+        )
     return number
 
 
