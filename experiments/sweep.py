@@ -90,8 +90,8 @@ class SweepConfig:
     limit: int | None = 200
     """Number of evaluation prompts (a seeded choice); None: all."""
     min_steps: int | None = None
-    """Only problems of at least this many steps. The default task, left alone, has problems of 5 steps in which some value
-    is 100 or more; otherwise None is no bound."""
+    """Only problems of at least this many steps. The default task, left alone, has problems of 5 steps in which some
+    value is 100 or more; otherwise None is no bound."""
     max_steps: int | None = None
     """Only problems of at most this many steps."""
     reach: int | None = None
