@@ -78,7 +78,7 @@ def summary(analysis: Analysis, run: Path | None = None, *, shown: int = 3) -> s
     Returns:
         Markdown without a trailing newline.
     """
-    lines = [f"# Steering sweep{f' {run.name}' if run else ''}"]
+    lines = [f"# Steering sweep{f': {run}' if run else ''}"]
     families = analysis.controls[list(FAMILY)].drop_duplicates().itertuples(index=False)
     for space, part, timing in families:
         lines += ["", f"## {family_name(space, part, timing)}", "", *_family(analysis, space, part, timing, shown)]
