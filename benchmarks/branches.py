@@ -378,6 +378,23 @@ def compiled(cells: Cells, repeats: int = 3) -> float:
     return before / after
 
 
+def profiled(cells: Cells, shown: int = 6) -> list[tuple[str, float]]:
+    """Operations of shared decoding that take most time, with their share of the time of all, 0..1."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if cells.model.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    decode(cells, cells.branches)
+    with torch.profiler.profile(activities=activities) as profile:
+        decode(cells, cells.branches)
+    spent: dict[str, float] = {}
+    for event in profile.key_averages():
+        own = event.self_device_time_total if len(activities) > 1 else event.self_cpu_time_total
+        spent[event.key] = spent.get(event.key, 0.0) + own
+    total = sum(spent.values())
+    ranked = sorted(spent.items(), key=lambda item: -item[1])[:shown]
+    return [(name, own / total) for name, own in ranked]
+
+
 def scaling(device: torch.device, dtype: torch.dtype, repeats: int = 2) -> list[dict[str, Any]]:
     """Microseconds per trial of (c) on random models of the tiny shape, one size changed at a time."""
     usual = {"prompts": 8, "variants": 90, "prefix": 50, "layers": 4}
@@ -457,6 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--published-trials", type=int, default=None, help="trials of (a); default 200 and 6")
     parser.add_argument("--scaling", action=argparse.BooleanOptionalAction, default=True, help="the scaling table")
     parser.add_argument("--compile", action="store_true", help="also the tiny model with compiled norms and MLPs")
+    parser.add_argument("--profile", action="store_true", help="also the operations that take most of our time")
     parser.add_argument("--grid", action="store_true", help="also the whole published grid at the 1B shape (GPU)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -495,6 +513,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = compare(cells, few, min(some, len(cells.branches)), 2 if name == "tiny" else 1)
             results["comparisons"].append(result)
             print(report(result), end="\n\n", flush=True)
+            if options.profile:
+                result["profile"] = dict(profiled(cells))
+                shares = ", ".join(f"{operation} {share:.0%}" for operation, share in result["profile"].items())
+                print(f"  time goes to {shares}\n", flush=True)
             if options.compile and name == "tiny":
                 result["times_compiled"] = compiled(cells)
                 print(f"  with norms and MLPs compiled: {result['times_compiled']:.2f} x as fast\n", flush=True)
