@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ from codi import CodiModel, load_codi
 # A shell starts background jobs with Ctrl-C ignored; the tests that send it must not depend on how they were started.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Processes side by side (pytest -n) with several threads each get in each other's way: many times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for commands that tests start
+    torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 KINDS = ("llama", "gpt2", "qwen2", "qwen3", "mistral")
