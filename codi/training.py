@@ -176,6 +176,7 @@ def _step_ends(tokenizer: Any, chains: Sequence[str], lead: int) -> Tensor:
 
 
 def _common(*sequences: Sequence[int]) -> list[int]:
+    """What all sequences, of any lengths, begin with."""
     shared: list[int] = []
     for column in zip(*sequences, strict=False):
         if len(set(column)) > 1:

@@ -295,7 +295,10 @@ def test_number_of_steps(tmp_path: Path) -> None:
         load_task(path, min_steps=9)
     with pytest.raises(ValueError, match="must not exceed"):
         load_task(path, min_steps=3, max_steps=2)
-    assert len(load_task(path, reach=1)) <= len(load_task(path))
+    everything = load_task(path)
+    bound = sorted(problem.answer for problem in everything)[len(everything) // 2]
+    large = [problem for problem in everything if max((problem.answer, *problem.intermediates)) >= bound]
+    assert 0 < len(large) < len(everything) and load_task(path, reach=bound) == large
     with pytest.raises(ValueError, match="no problem has a value of 1000000 or more"):
         load_task(path, reach=10**6)
 

@@ -260,7 +260,7 @@ def test_a_trained_model_loads_and_answers_the_same(trainable: Callable[..., Cod
 def test_schedule() -> None:
     factors = [cosine_schedule(s, 100, warmup=0.1, floor=0.1) for s in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
-    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
     assert factors[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)), abs=1e-6)
 
 
