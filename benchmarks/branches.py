@@ -2,7 +2,7 @@
 
 (a) published   one prompt, one cell at a time: copy its cache, edit the slot, decode token by token
 (b) clones      engine "clones": the same, many rows packed into a batch
-(c) shared      engine "shared": one prefix per prompt, own slots per row
+(c) shared      engine "shared": one prefix per prompt, own slots per row, mirrored cells computed once
 
 for checkpoints/tiny (a random model of its shape until there is one) and a random model of exactly Llama-3.2-1B's
 shape, in one process on the same cells, with the answers compared; the matrix FLOP/s of (c) as a fraction of what a
@@ -138,17 +138,20 @@ class Cells:
 
 
 def make_cells(
-    model: CodiModel, batch: EncodedBatch, max_new_tokens: int, latents: Sequence[int], n_directions: int = 15
+    model: CodiModel, batch: EncodedBatch, max_new_tokens: int, latents: Sequence[int], n_directions: int | None = None
 ) -> Cells:
-    """Every latent pair times six coefficients at the given latents of every prompt: 90 rows per prompt and latent.
+    """All ordered latent pairs A-B times six coefficients at the given latents of every prompt, as in published sweeps:
+    180 rows per prompt and latent. Half of them are mirrors: B-A with -c is A-B with c.
 
-    Directions are differences of mean keys and values, as in a sweep; beyond 15 they are the same ones, scaled.
+    Directions are differences of mean keys and values, as in a sweep. With `n_directions`: that many times six rows
+    without mirrors, the 15 unordered pairs and then the same ones, scaled.
     """
     run = model.rollout(batch, N_LATENTS, keep=("keys", "values", "cache"))
     assert run.keys is not None and run.values is not None
     content = unrotate(run.keys.float(), run.latent_positions[:, :, None, None], model)
     keys, values = content.mean(0), run.values.float().mean(0)
-    pairs = list(itertools.combinations(range(N_LATENTS), 2))
+    pairs = list((itertools.permutations if n_directions is None else itertools.combinations)(range(N_LATENTS), 2))
+    n_directions = n_directions or len(pairs)
     chosen = [pairs[i % len(pairs)] for i in range(n_directions)]
     scale = torch.tensor([1 + 0.1 * (i // len(pairs)) for i in range(n_directions)], device=model.device)
     scale = scale[:, None, None, None]
@@ -333,7 +336,7 @@ def compare(cells: Cells, n_published: int, n_clones: int, repeats: int) -> dict
         seconds_a, single = clock(lambda: published(cells, few), device)
     unedited = decode(cells, branches.without_edit())
     peak = matmul_peak(device, model.dtype)
-    flops = matrix_flops(cells, shared.tokens)
+    flops = matrix_flops(cells, shared.tokens) * shared.n_computed / size  # a mirror has the tokens of its twin
     rate_a, rate_b, rate_c = len(few) / seconds_a, len(some) / seconds_b, size / seconds_c
     return {
         "model": model.name.removeprefix(f"{ROOT}/"),
@@ -342,11 +345,14 @@ def compare(cells: Cells, n_published: int, n_clones: int, repeats: int) -> dict
         "prompts": len(cells.run),
         "positions": int(cells.run.attention_mask.shape[1]),
         "trials": {"published": len(few), "clones": len(some), "shared": size},
+        "computed_once": shared.n_computed / size,
         "trials_per_second": {"published": rate_a, "clones": rate_b, "shared": rate_c},
         "peak_memory_mib": {"published": memory_a.mib, "clones": memory_b.mib, "shared": memory_c.mib},
         "batch_size": {"published": 1, "clones": clones.batch_size, "shared": shared.batch_size},
         "times_published": rate_c / rate_a,
         "times_clones": rate_c / rate_b,
+        "times_published_per_computed": rate_c * shared.n_computed / size / rate_a,
+        "times_clones_per_computed": rate_c * shared.n_computed / size / rate_b,
         "same_answers": {
             "clones": same(clones.tokens, [shared.tokens[i] for i in some]),
             "published": same(single, [shared.tokens[i] for i in few]),
@@ -423,16 +429,17 @@ def published_grid(device: torch.device) -> dict[str, Any]:
     Mirrored cells, (A,B,c) and (B,A,-c), are computed once. Random 1B shape, 80 tokens, bfloat16.
     """
     model = random_model(SHAPES["llama-1b"], device, torch.bfloat16)
-    total, trials = 0.0, 0
+    total, trials, computed = 0.0, 0, 0
     for _ in range(10):
         start = time.perf_counter()
         cells = make_cells(model, random_prompts(model, 100, 80), 2, range(1, N_LATENTS + 1))
-        decode_branches(model, cells.run, cells.table, cells.branches, max_new_tokens=2)
+        found = decode(cells, cells.branches)
         if device.type == "cuda":
             torch.cuda.synchronize()
         total += time.perf_counter() - start
         trials += len(cells.branches)
-    return {"seconds": total, "trials_computed": trials, "trials_covered": 2 * trials}
+        computed += found.n_computed
+    return {"seconds": total, "trials": trials, "computed": computed}
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -453,8 +460,10 @@ def report(result: dict[str, Any]) -> str:
             f"{'' if agreement is None else f'{agreement:.1%}':>14}"
         )
     lines.append(
-        f"  shared = {result['times_published']:.1f} × published = {result['times_clones']:.1f} × clones;  "
-        f"{result['matrix_gflops']:,.0f} of {result['matmul_peak_gflops']:,.0f} GFLOP/s "
+        f"  shared = {result['times_published']:.1f} × published = {result['times_clones']:.1f} × clones "
+        f"({result['computed_once']:.0%} of the trials computed, the rest are their mirrors; per computed trial "
+        f"{result['times_published_per_computed']:.1f} × and {result['times_clones_per_computed']:.1f} ×)\n"
+        f"  {result['matrix_gflops']:,.0f} of {result['matmul_peak_gflops']:,.0f} GFLOP/s "
         f"({result['fraction_of_peak']:.0%} of a plain matmul); edits changed {result['changed_by_edits']:.0%}"
     )
     if result["widest_tie"] > 0:
@@ -470,7 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="dtypes of the tiny model")
     parser.add_argument("--prompts", type=int, default=16, help="prompts for the tiny model")
-    parser.add_argument("--large-prompts", type=int, default=2, help="prompts for the 1B shape (90 trials each)")
+    parser.add_argument("--large-prompts", type=int, default=2, help="prompts for the 1B shape (180 trials each)")
     parser.add_argument("--published-trials", type=int, default=None, help="trials of (a); default 200 and 6")
     parser.add_argument("--scaling", action=argparse.BooleanOptionalAction, default=True, help="the scaling table")
     parser.add_argument("--compile", action="store_true", help="also the tiny model with compiled norms and MLPs")
@@ -532,7 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.grid:
         results["published_grid"] = published_grid(device)
         grid = results["published_grid"]
-        print(f"published grid, 1B shape: {grid['seconds']:.1f} s for {grid['trials_covered']:,d} trials")
+        print(f"published grid, 1B shape: {grid['seconds']:.1f} s for {grid['trials']:,d} trials")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"written to {options.out}")

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 import psutil
@@ -93,6 +94,25 @@ class EditTable:
     def __len__(self) -> int:
         """Number of directions."""
         return len(next(tensor for tensor in (self.keys, self.values, self.vectors) if tensor is not None))
+
+    @cached_property
+    def same(self) -> tuple[Tensor, Tensor]:
+        """(direction,) the first direction that is the same but for its sign, itself if there is none; (direction,)
+        1.0 or -1.0, what that one is to be multiplied by. Both on the CPU, computed when first asked for."""
+        flat = torch.cat([x.flatten(1) for x in (self.keys, self.values, self.vectors) if x is not None], dim=1)
+        first, sign = torch.arange(len(self)), torch.ones(len(self), dtype=torch.float64)
+        if not flat.numel():
+            return first, sign
+        largest, at = flat.abs().max(dim=1)
+        own = flat.gather(1, at[:, None])[:, 0].sign().double().cpu()
+        alike = _number([largest.double().cpu(), at.cpu()])  # may be the same: only these are compared whole
+        leader = torch.full((len(self),), len(self)).scatter_reduce(0, alike, first, "amin")[alike]
+        follows = (leader != first).nonzero()[:, 0]
+        ratio = own[follows] * own[leader[follows]]
+        turned = flat[leader[follows].to(flat.device)] * ratio.to(flat)[:, None]
+        equal = (flat[follows.to(flat.device)] == turned).all(1).cpu() & (ratio != 0)
+        first[follows[equal]], sign[follows[equal]] = leader[follows[equal]], ratio[equal]
+        return first, sign
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> EditTable:
         """The table on another device, in another dtype."""
@@ -171,7 +191,7 @@ class BranchAnswers:
             keys and values in kv space; over d_model otherwise; 0 without an edit.
         first_logits: (row, vocab) at the first answer position, nothing excluded, on the CPU; None if not asked for.
         batch_size: rows that were computed at once.
-        n_computed: rows that were computed; the rest repeat a row without an edit.
+        n_computed: rows that were computed; the rest repeat one of them.
     """
 
     tokens: list[list[int]]
@@ -352,6 +372,8 @@ def decode_branches(
     """Greedy answers of many edited variants of one rollout.
 
     Rows without an edit (direction -1, or only coefficients of 0) are computed once per prompt (and exit) and repeated.
+    So are, by the shared engine, rows that ask for the same edit: the same row again, or its mirror, direction B-A with
+    coefficient -c beside A-B with c.
 
     Args:
         model: the model.
@@ -401,12 +423,16 @@ def decode_branches(
         unedited.put(computed, part.pick(torch.arange(len(computed))))
         rows = (~edited).nonzero()[:, 0]
         out.put(rows, unedited.pick(kind[rows]))
-    rows = edited.nonzero()[:, 0]
+    rows = distinct = edited.nonzero()[:, 0]
     if len(rows):
-        part = _Collected(len(rows), limit)
-        tried = unedited.tokens[kind[rows]] if drafts and engine == "shared" else None
-        _decode_all(job, branches.select(rows), tried, engine, batch, part)
-        out.put(rows, part.pick(torch.arange(len(rows))))
+        repeats = torch.arange(len(rows))
+        if engine == "shared" and table is not None:
+            firsts, repeats = _distinct(branches.select(rows), table)
+            distinct = rows[firsts]
+        part = _Collected(len(distinct), limit)
+        tried = unedited.tokens[kind[distinct]] if drafts and engine == "shared" else None
+        _decode_all(job, branches.select(distinct), tried, engine, batch, part)
+        out.put(rows, part.pick(repeats))
 
     ended = out.tokens == model.protocol.eos_id
     lengths = (out.tokens.ge(0) & ~ended).sum(1)
@@ -420,7 +446,7 @@ def decode_branches(
         applied_norm=out.applied_norm,
         first_logits=out.first_logits,
         batch_size=batch.used,
-        n_computed=len(computed) + len(rows),
+        n_computed=len(computed) + len(distinct),
     )
 
 
@@ -432,6 +458,38 @@ _ROWS_WORTH_A_DRAFT = 4  # an unedited answer is computed as a draft if at least
 def _wide(tensor: Tensor) -> Tensor:
     """(row,) or (row, edit) to (row, edit)."""
     return tensor[:, None] if tensor.dim() == 1 else tensor
+
+
+def _number(columns: Sequence[Tensor]) -> Tensor:
+    """(row,) numbers that are equal exactly where rows are equal in all columns, each (row,); 0, 1, … in some order."""
+    number, count = torch.zeros(len(columns[0]), dtype=torch.long), 1
+    for column in columns:
+        values, place = torch.unique(column, return_inverse=True)
+        if count * len(values) >= 2**62:  # number again from 0, before numbers get too large
+            present, number = torch.unique(number, return_inverse=True)
+            count = len(present)
+        number, count = number * len(values) + place, count * len(values)
+    return torch.unique(number, return_inverse=True)[1]
+
+
+def _distinct(branches: Branches, table: EditTable) -> tuple[Tensor, Tensor]:
+    """Rows (distinct,) that ask for different things, the first of each; (row,) which of these each row repeats."""
+    first, sign = table.same
+    order = _wide(branches.latent).argsort(dim=1)
+    asked = (getattr(branches, field.name) for field in fields(branches)[1:])
+    latent, direction, key, value, replace = (_wide(x).gather(1, order) for x in asked)
+    idle, index = direction < 0, direction.clamp(min=0)
+    used = (table.keys is not None, table.keys is None or table.values is not None)
+    key, value = (  # + 0.0: no negative zeros
+        (x * sign[index]).masked_fill(idle, 0.0) + 0.0 if part else torch.zeros_like(x)
+        for x, part in zip((key, value), used, strict=True)
+    )
+    columns = [branches.prompt]
+    for column in (latent, first[index].masked_fill(idle, -1), replace, key, value):
+        columns += column.unbind(1)
+    repeats = _number(columns)
+    rows = torch.full((int(repeats.max()) + 1,), len(branches))
+    return rows.scatter_reduce(0, repeats, torch.arange(len(branches)), "amin"), repeats
 
 
 def _has_edit(branches: Branches, table: EditTable | None) -> Tensor:

@@ -419,6 +419,7 @@ def test_coefficient_zero_is_bit_identical(
     assert repeated.n_computed < len(branches), "unedited rows are computed once"
     # Computed one by one all the same, with and without a direction: not a bit differs.
     monkeypatch.setattr(engine, "_has_edit", lambda branches, table: torch.ones(len(branches), dtype=torch.bool))
+    monkeypatch.setattr(engine, "_distinct", lambda branches, table: (torch.arange(len(branches)),) * 2)
     with_zero = decode_branches(model, run, table, branches, drafts=False, **options)
     without = decode_branches(model, run, table, branches.without_edit(), drafts=False, **options)
     assert with_zero.n_computed == len(branches)
@@ -526,6 +527,46 @@ def test_logits_only_where_they_are_read(doubles: Any, monkeypatch: pytest.Monke
     else:
         assert found.n_computed == len(branches)
         assert sum(rows) == tokens, "finished rows have left the batch"
+
+
+@pytest.mark.parametrize("n_edits", [1, 2])
+@pytest.mark.parametrize(("space", "part"), [("kv", "both"), ("kv", "values"), ("embedding", "both")])
+def test_mirrors_and_repeats_are_computed_once(doubles: Any, space: str, part: str, n_edits: int) -> None:
+    model = doubles("llama")
+    run = model.rollout(model.encode(QUESTIONS), N_LATENTS)
+    table, rows = random_edits(model, space, part, seed=6, size=40, n_edits=n_edits)
+    rows = rows.select(engine._has_edit(rows, table).nonzero()[:, 0])
+    # A table with mirrors behind the directions, and last one that differs from the first in a few numbers.
+    parts = {name: getattr(table, name) for name in ("keys", "values", "vectors") if getattr(table, name) is not None}
+    first = {name: x[:1].index_fill(-1, torch.tensor([2]), 0.125) for name, x in parts.items()}
+    both = EditTable(table.space, **{name: torch.cat((x, -x, first[name])) for name, x in parts.items()})
+    mirror = Branches(
+        rows.prompt,
+        rows.latent,
+        rows.direction.where(rows.direction < 0, rows.direction + N_DIRECTIONS),
+        -rows.key_coefficient,
+        -rows.value_coefficient,
+        rows.replace,
+    )
+    if n_edits > 1:  # nor does the order in which a row names its edits matter
+        names = [field.name for field in dataclasses.fields(Branches)][1:]
+        mirror = dataclasses.replace(mirror, **{name: getattr(mirror, name).flip(1) for name in names})
+    near = dataclasses.replace(rows, direction=torch.full_like(rows.direction, 2 * N_DIRECTIONS))
+    size = len(rows)
+    merged = Branches(
+        *(
+            torch.cat([getattr(part, field.name) for part in (rows, mirror, rows, near)])
+            for field in dataclasses.fields(Branches)
+        )
+    )
+    options: dict[str, Any] = {"max_new_tokens": MAX_NEW, "keep_first_logits": True, "drafts": False}
+    found = decode_branches(model, run, both, merged, **options)
+    assert found.n_computed == 2 * size
+    same_answers(found, decode_branches(model, run, both, merged, engine="clones", **options))
+    assert found.first_logits is not None
+    for start in (size, 2 * size):
+        assert torch.equal(found.first_logits[start : start + size], found.first_logits[:size])
+    assert not torch.equal(found.first_logits[3 * size :], found.first_logits[:size])
 
 
 def test_drafts_save_passes(doubles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
