@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from codi.cache import BranchCache, branch_attention, read_slots, replace_slot
-from codi.decode import decode_answers, default_new_tokens, exclude, to_text
+from codi.decode import decode_answers, default_new_tokens, exclude, most_probable, to_text
 from codi.protocol import UserError
 from codi.rollout import Intervention, LatentRollout, feed, rollout
 from codi.rope import rotate
@@ -806,12 +806,11 @@ def _decode_shared(job: _Job, branches: Branches, latents: tuple[int, ...], draf
             if slot_edit:
                 keys, values = (x.to(model.dtype) for x in cache.read_own(-1))
                 cache.write_own(-1, *edits.slot(k, position + k - 1, keys, values))
-        applied = edits.applied_norm()
         hidden = None
         if pending is not None and timing == "cached":
             hidden = _upload(columns >= run.prompt_width + first, device)  # the new z_k does not see those after it
         tokens, logits = _answer(job, cache, pending, hidden, position + exit_, drafts)
-    return _Decoded(tokens, applied, logits)
+    return _Decoded(tokens, edits.applied_norm(), logits)  # read last: the host waits for it
 
 
 def _feed(model: CodiModel, embeddings: Tensor, cache: BranchCache, positions: Tensor) -> Tensor:
@@ -867,7 +866,7 @@ def _answer(
         logits = model.logits(states[going, step])
         if step == 0 and job.keep_first_logits:
             first_logits = logits
-        chosen = exclude(model, logits).argmax(dim=-1)
+        chosen = most_probable(exclude(model, logits))
         tokens[going, step] = chosen
         if step < checked.shape[1]:
             going = going[chosen == checked[going, step]]
@@ -891,7 +890,7 @@ def _answer(
         positions = (position[rows] + len(after) - 1 + at)[:, None]
         states = _feed(model, model.embed(tokens[rows, at - 1][:, None]), cache, positions)[:, 0]
         read = rows[alive]
-        chosen = exclude(model, model.logits(states[alive])).argmax(dim=-1)
+        chosen = most_probable(exclude(model, model.logits(states[alive])))
         tokens[read, count[read]] = chosen
         count[read] += 1
         alive = alive[(chosen != eos) & (count[read] < limit)]

@@ -24,7 +24,7 @@ from codi.rollout import Intervention, LatentRollout, Prefill, feed, overrides
 if TYPE_CHECKING:
     from codi.model import CodiModel
 
-__all__ = ["Answers", "answer", "decode_answers", "default_new_tokens", "exclude", "to_text"]
+__all__ = ["Answers", "answer", "decode_answers", "default_new_tokens", "exclude", "most_probable", "to_text"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,28 @@ def exclude(model: CodiModel, logits: Tensor) -> Tensor:
     return logits.index_fill(-1, index, float("-inf"))
 
 
+def most_probable(logits: Tensor) -> Tensor:
+    """(row,) index of the largest of each row's logits (row, vocab), the first if several are; as argmax, but faster.
+
+    On CPUs argmax visits numbers one by one (bfloat16: longer than the product that made them). The largest number of
+    each block of 64 is found many at a time, and only the best block is searched.
+    """
+    rows, vocab = logits.shape
+    whole = vocab // _BLOCK * _BLOCK
+    if logits.device.type != "cpu" or not whole or not rows:
+        return logits.argmax(dim=-1)
+    blocks = logits[:, :whole].unflatten(1, (-1, _BLOCK))
+    largest, block = blocks.amax(dim=2).max(dim=1)
+    index = blocks[torch.arange(rows), block].argmax(dim=1) + block * _BLOCK
+    if whole < vocab:
+        value, last = logits[:, whole:].max(dim=1)
+        index = torch.where(value > largest, last + whole, index)
+    return index
+
+
+_BLOCK = 64
+
+
 def to_text(model: CodiModel, tokens: Sequence[int]) -> str:
     """Text of answer tokens; special tokens and ids that the tokenizer does not know are left out."""
     known = [token for token in tokens if token < len(model.tokenizer)]
@@ -67,7 +89,7 @@ def to_text(model: CodiModel, tokens: Sequence[int]) -> str:
 
 def _choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
     if uniform is None:
-        return logits.argmax(dim=-1)
+        return most_probable(logits)
     cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
     drawn = uniform.to(logits.device).double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -11,7 +11,7 @@ from oracle import Oracle
 
 from codi import CodiModel, Intervention, UserError, decode_answers
 from codi.cache import cache_length
-from codi.decode import default_new_tokens, exclude, to_text
+from codi.decode import default_new_tokens, exclude, most_probable, to_text
 
 FAMILY_OF = {
     "llama": "answer-only",
@@ -252,3 +252,15 @@ def test_impossible_decoding(tiny_model, codi_model, questions):
     short = tiny_model("gpt2")
     with pytest.raises(ValueError, match="shorten the text"):
         short.answer(["x" * 118], n_latents=3, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [5, 64, 130, 1606])
+def test_most_probable_is_argmax(vocab, dtype):
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[10:20] = logits[10:20].round()  # ties: the first counts
+    logits[20, : vocab // 2] = -torch.inf
+    logits[21] = -torch.inf
+    logits[22, -1] = 99.0
+    assert torch.equal(most_probable(logits), logits.argmax(dim=-1))
+    assert torch.equal(most_probable(logits[:0]), logits[:0].argmax(dim=-1))
