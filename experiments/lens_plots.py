@@ -485,5 +485,6 @@ def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
     panel.set_xlabel("energy: KL of the lens, nats")
     panel.set_ylabel("KL of the model's output, nats")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(loc="lower right", handletextpad=0.2, borderpad=0.1, fontsize=6)
+    panel.set_title("each direction")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds), fontsize=7)
     return figure
