@@ -208,7 +208,7 @@ def published(cells: Cells, rows: torch.Tensor, check: list[list[int]] | None = 
         fed = torch.tensor([model.protocol.after_latents], device=model.device)
         tokens: list[int] = []
         behind = 0.0
-        for step in range(cells.max_new_tokens):
+        for place in range(cells.max_new_tokens):
             mask = torch.cat((mask, mask.new_ones(1, fed.shape[1])), dim=1)
             positions = position + 1 + torch.arange(fed.shape[1], device=model.device)[None]
             logits = model.base(
@@ -217,8 +217,8 @@ def published(cells: Cells, rows: torch.Tensor, check: list[list[int]] | None = 
             logits[list(model.protocol.excluded_logits)] = -torch.inf
             token = int(logits.argmax())
             if check is not None:
-                top, ended = logits[token].double(), step == len(check[number])
-                token = model.protocol.eos_id if ended else check[number][step]
+                top, ended = logits[token].double(), place == len(check[number])
+                token = model.protocol.eos_id if ended else check[number][place]
                 unit = torch.finfo(logits.dtype).eps * 2.0 ** top.abs().log2().floor()
                 behind = max(behind, float((top - logits[token].double()) / unit))
             if token == model.protocol.eos_id:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 from typing import Protocol as Shape
 
@@ -112,7 +113,7 @@ def collate(problems: Sequence[Example], model: CodiModel) -> TrainingBatch:
     if not problems:
         raise ValueError("a training batch needs at least one problem, got none")
     protocol, tokenizer = model.protocol, model.tokenizer
-    shared = _common(protocol.before_latents, protocol.before_verbal, protocol.before_direct)
+    shared = commonprefix([protocol.before_latents, protocol.before_verbal, protocol.before_direct])
     questions = tokenizer([p.question for p in problems])["input_ids"]
     prefixes = [[*ids, *shared] for ids in questions]
     chains = tokenizer([p.chain for p in problems], add_special_tokens=False)["input_ids"]
@@ -173,16 +174,6 @@ def _step_ends(tokenizer: Any, chains: Sequence[str], lead: int) -> Tensor:
         rows.append([lead + place - 1 for place in places] if all(places) else [])
     width = max(1, *map(len, rows))
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
-
-
-def _common(*sequences: Sequence[int]) -> list[int]:
-    """What all sequences, of any lengths, begin with."""
-    shared: list[int] = []
-    for column in zip(*sequences, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return shared
 
 
 def _lead_length(tokenizer: Any, answer_text: str) -> int:

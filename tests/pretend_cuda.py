@@ -49,7 +49,7 @@ class OnDevice(Tensor):
     on_cpu: Tensor
 
     @staticmethod
-    def __new__(cls, on_cpu: Tensor, requires_grad: bool = False) -> OnDevice:
+    def __new__(cls, on_cpu: Tensor) -> OnDevice:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
             cls,
             on_cpu.size(),
@@ -57,10 +57,9 @@ class OnDevice(Tensor):
             storage_offset=on_cpu.storage_offset(),
             dtype=on_cpu.dtype,
             device=CUDA,
-            requires_grad=requires_grad,
         )
 
-    def __init__(self, on_cpu: Tensor, requires_grad: bool = False) -> None:
+    def __init__(self, on_cpu: Tensor) -> None:
         self.on_cpu = on_cpu
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -176,13 +175,9 @@ class _Named(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def named(x: Any) -> Any:
-            return (
-                CUDA
-                if isinstance(x, torch.device) and x.type == "cuda"
-                else "cuda:0"
-                if isinstance(x, str) and x == "cuda"
-                else x
-            )
+            if isinstance(x, torch.device) and x.type == "cuda":
+                return CUDA
+            return "cuda:0" if isinstance(x, str) and x == "cuda" else x
 
         args = tuple(x if isinstance(x, Tensor) else named(x) for x in args)
         kwargs = {name: x if isinstance(x, Tensor) else named(x) for name, x in (kwargs or {}).items()}

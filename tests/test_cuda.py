@@ -161,8 +161,11 @@ def waits_of(tiny_checkpoint, max_new_tokens: int, timing: str, size: int = 1) -
         model.protocol = dataclasses.replace(model.protocol, excluded_logits=(model.protocol.eos_id,))
         run = model.rollout(model.encode(QUESTIONS), N)
         table, branches = edits(model, "kv")
-        one = branches.select((branches.latent == 2).nonzero()[:, 0].repeat(size))
-        one = one.select((one.direction >= 0).nonzero()[:, 0])
+        one = branches.select(((branches.latent == 2) & (branches.direction >= 0)).nonzero()[:, 0])
+        again = torch.arange(size).repeat_interleave(len(one))  # no two rows alike, or they would be computed once
+        coefficient = one.value_coefficient.repeat(size) * (1 + 0.1 * again)
+        one = one.select(torch.arange(len(one)).repeat(size))
+        one = dataclasses.replace(one, key_coefficient=coefficient, value_coefficient=coefficient)
         device.waits.clear()
         found = decode_branches(
             model,
@@ -173,6 +176,7 @@ def waits_of(tiny_checkpoint, max_new_tokens: int, timing: str, size: int = 1) -
             max_new_tokens=max_new_tokens,
             drafts=False,  # type: ignore[arg-type]
         )
+        assert found.n_computed == len(one)
         assert not any(found.finished) and {len(row) for row in found.tokens} == {max_new_tokens}
         return device.waits.copy()
 
