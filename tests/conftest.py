@@ -45,7 +45,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for commands that tests start
     torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 KINDS = ("llama", "gpt2", "qwen2", "qwen3", "mistral")
 LORA_R, LORA_ALPHA, PRJ_DIM = 4, 2, 24
 QUESTIONS = ["3+4=?", "Tom has 12 pens and buys 30 more. How many pens?", "9-2", "A long one: 1 2 3 4 5 6 7 8 9 10 11?"]
@@ -205,7 +205,7 @@ def questions() -> list[str]:
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """A folder of shared/golden: `expected` is expected.json, `tensors` expected.safetensors."""
+    """A folder of tests/golden: `expected` is expected.json, `tensors` expected.safetensors."""
 
     name: str
     folder: Path
@@ -223,9 +223,7 @@ class GoldenCase:
 
 @pytest.fixture(scope="session")
 def golden_root() -> Path:
-    """Folder with the golden cases; skips where it is absent."""
-    if not GOLDEN.is_dir():
-        pytest.skip(f"the golden cases are not here: no folder {GOLDEN}")
+    """Folder with the golden cases."""
     return GOLDEN
 
 

@@ -1,0 +1,77 @@
+"""The names that options, tables and engines share: one definition each, imported by every package, importing nothing.
+
+Kept apart from what they name so that a command line can be read, explained and refused without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+__all__ = [
+    "ANSWER_MODES",
+    "CONTROLS",
+    "DTYPES",
+    "PAIR_CONTROLS",
+    "PARTS",
+    "PATCH_CONTROLS",
+    "SPACES",
+    "TIMINGS",
+    "TRIAL_CONTROLS",
+    "AnswerMode",
+    "Attention",
+    "Device",
+    "DrawNorm",
+    "Dtype",
+    "Engine",
+    "KeyFrame",
+    "Mask",
+    "Part",
+    "ProtocolName",
+    "Rope",
+    "Space",
+    "Timing",
+]
+
+# --- How a model runs ---
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+Attention = Literal["sdpa", "eager"]
+Mask = Literal["carried", "published"]
+"""Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
+Rope = Literal["float32", "published"]
+"""Rotary frequencies: kept in float32, or rounded as published runs in bfloat16 do."""
+ProtocolName = Literal["original", "original-eos", "answer-only"]
+AnswerMode = Literal["latent", "direct", "verbal"]
+"""What comes before the answer: latents, nothing, or a written chain of thought."""
+ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
+
+# --- What is edited, where and when ---
+
+Space = Literal["kv", "embedding", "hidden"]
+"""The cache slot of a latent, the vector fed at it, or the state that it is projected from."""
+SPACES: tuple[Space, ...] = get_args(Space)
+Part = Literal["keys", "values", "both"]
+"""Of a cache slot."""
+PARTS: tuple[Part, ...] = get_args(Part)
+Timing = Literal["early-exit", "continue", "cached"]
+"""early-exit: think up to the edited latent, edit, answer. continue: edit and think on. cached: think, then edit."""
+TIMINGS: tuple[Timing, ...] = get_args(Timing)
+KeyFrame = Literal["content", "raw"]
+"""Keys turned back to position 0 before they are averaged, or as they are cached (the published way)."""
+Engine = Literal["shared", "clones"]
+"""Branches over a shared prefix, or an edited copy of the cache per row."""
+
+# --- Against what ---
+
+PAIR_CONTROLS = ("random", "covariance", "shuffled")
+"""Directions that stand beside the direction of a pair."""
+PATCH_CONTROLS = ("patch-scalar", "patch-coordinate", "patch-norm")
+"""Random latents that replace instead of being added."""
+CONTROLS = (*PAIR_CONTROLS, *PATCH_CONTROLS)
+"""What can be asked for."""
+TRIAL_CONTROLS = ("none", "direction", *CONTROLS)
+"""What stands in the column `control` of a trial table: the baseline, the direction itself, and its controls."""
+DrawNorm = Literal["pair", "pooled"]
+"""Norms of random draws: those of every pair, or the mean over pairs."""
