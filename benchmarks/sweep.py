@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from codi import branches
-from experiments import sweep
+from experiments.sweep import run as sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.json"

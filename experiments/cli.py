@@ -35,21 +35,30 @@ __all__ = ["COMMANDS", "UsageError", "available", "main", "run", "run_module"]
 
 # name -> (module, one line of help). Modules that are not there are not listed.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "sweep": ("experiments.sweep", "steer every latent pair, position and coefficient, beside random controls"),
-    "stats": ("experiments.stats", "recompute the statistics of a run folder from its trials"),
-    "plot": ("experiments.plots", "draw the figures of a run folder"),
+    "sweep": ("experiments.sweep.run", "steer every latent pair, position and coefficient, beside random controls"),
+    "stats": ("experiments.sweep.cells", "recompute the statistics of a run folder from its trials"),
+    "plot": ("experiments.sweep.heatmaps", "draw the figures of a run folder"),
     "eval": ("experiments.evaluate", "accuracy by number of latents and by mode of answering, with intervals"),
     "train": ("experiments.train", "train a CODI model: teacher, then self-distillation"),
-    "lens": ("experiments.lens", "logit lens and tuned lens on latents: train, show, detect, difference, transfer"),
-    "alternation": ("experiments.alternation", "do even latents store and odd latents compute? one test, one verdict"),
-    "probes": ("experiments.probes", "what a linear map reads from each latent, space and layer"),
-    "patch": ("experiments.patch", "replace latents by means, values, other prompts' latents or noise"),
-    "necessity": ("experiments.necessity", "which latents, and which subsets of them, the answer needs"),
-    "transfer": ("experiments.transfer", "ablate the prompt, carry latents from one prompt to another"),
-    "pca": ("experiments.pca", "principal components of latents and cache entries; where each edit's effect goes"),
-    "anchors": ("experiments.anchors", "thought anchors: resample a latent, suppress attention, see what changes"),
-    "early-exit": ("experiments.early_exit", "answer after each latent: agreement, calibration, latents saved"),
-    "findings": ("experiments.findings", "run every study on one model and collect what they found on one page"),
+    "lens": ("experiments.lens.run", "logit lens and tuned lens on latents: train, show, detect, difference, transfer"),
+    "alternation": (
+        "experiments.alternation.run",
+        "do even latents store and odd latents compute? one test, one verdict",
+    ),
+    "probes": ("experiments.latents.probes", "what a linear map reads from each latent, space and layer"),
+    "patch": ("experiments.latents.patch.run", "replace latents by means, values, other prompts' latents or noise"),
+    "necessity": ("experiments.latents.necessity", "which latents, and which subsets of them, the answer needs"),
+    "transfer": ("experiments.latents.transfer", "ablate the prompt, carry latents from one prompt to another"),
+    "pca": (
+        "experiments.latents.pca.run",
+        "principal components of latents and cache entries; where each edit's effect goes",
+    ),
+    "anchors": (
+        "experiments.latents.anchors",
+        "thought anchors: resample a latent, suppress attention, see what changes",
+    ),
+    "early-exit": ("experiments.latents.early_exit", "answer after each latent: agreement, calibration, latents saved"),
+    "findings": ("experiments.page.findings", "run every study on one model and collect what they found on one page"),
 }
 
 DISTRIBUTION = "codi-steering"

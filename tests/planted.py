@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from codi import CodiModel, Projection
 from codi.protocol import answer_only
-from experiments.split import Split
 from experiments.tasks.problem import Problem
+from experiments.tasks.split import Split
 
 A, B = 4, 12  # values of step 1 are 1..4, of step 2 1..12
 D, HEADS, BALLAST = 96, 2, 30.0

@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.alternation import (
+from experiments.alternation.claims import published_claims
+from experiments.alternation.observe import Observations, Readings, Reference
+from experiments.alternation.run import (
     MEASURES,
     Config,
     Measure,
@@ -30,8 +32,6 @@ from experiments.alternation import (
     profiles_of,
     summary,
 )
-from experiments.latent_claims import published_claims
-from experiments.latent_measures import Observations, Readings, Reference
 from experiments.tasks import load_task
 
 QUICK = Settings(resamples=200, permutations=300)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from planted import planted_model, planted_split
 
-from experiments.anchors import Config, HideSlots, receiver_heads, run
-from experiments.study import Result
+from experiments.latents.anchors import Config, HideSlots, receiver_heads, run
+from experiments.study.shared import Result
 
 
 def found(out: Path, carrier: str) -> Result:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.claims import Claim, ClaimsTable, judge
+from experiments.study.claims import Claim, ClaimsTable, judge
 
 
 @pytest.mark.parametrize(

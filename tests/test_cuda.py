@@ -16,7 +16,7 @@ from pretend_cuda import OnDevice, pretend_cuda
 
 from codi import LatentRollout, load_codi
 from codi.branches import Branches, EditTable, decode_branches
-from experiments.sweep import SweepConfig, sweep
+from experiments.sweep.run import SweepConfig, sweep
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="pretends on builds of PyTorch without CUDA")
 

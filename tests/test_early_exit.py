@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from planted import planted_model, planted_split
 
-from experiments.early_exit import Config, calibration, chosen_threshold, policies, run, stops_at
-from experiments.stats import Settings
+from experiments.latents.early_exit import Config, calibration, chosen_threshold, policies, run, stops_at
+from experiments.sweep.cells import Settings
 
 
 def trials(right: list[list[int]], confidence: list[list[float]]) -> pd.DataFrame:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import findings
-from experiments.findings import MARKER, Config, Study, claims_table, demoted, options, section, write_page
+from experiments.page import findings
+from experiments.page.findings import MARKER, Config, Study, claims_table, demoted, options, section, write_page
 
 STUDY = Study("early-exit", ("early-exit",), "Answering after each latent.", ("early-exit",))
 

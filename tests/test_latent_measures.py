@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codi import CodiModel
-from experiments.latent_measures import (
+from experiments.alternation.observe import (
     DEPTH,
     MeanAblation,
     Observations,

@@ -15,9 +15,9 @@ import torch
 
 from codi import CodiModel
 from codi.branches import decode_branches
-from experiments.grid import GridOptions, conditions, directions
-from experiments.runs import RunFolder
-from experiments.sweep import SweepConfig, collect_means, sweep
+from experiments.study.folder import RunFolder
+from experiments.sweep.grid import GridOptions, conditions, directions
+from experiments.sweep.run import SweepConfig, collect_means, sweep
 from experiments.tasks import Problem, load_task
 from steering.interventions import branches, edit_table
 from steering.means import LatentMeans

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from codi import CodiModel
-from experiments import cli, lens, lens_measures
-from experiments.claims import Claim
-from experiments.lens_measures import (
+from experiments import cli
+from experiments.lens import measures as lens_measures
+from experiments.lens import run as lens
+from experiments.lens.measures import (
     detect,
     difference_table,
     latent_means,
@@ -24,6 +25,7 @@ from experiments.lens_measures import (
     value_frequencies,
     word_spellings,
 )
+from experiments.study.claims import Claim
 from experiments.tasks import Problem
 from lenses import AblateDirections, LatentLens, LensTraining, causal_basis, mean_ablated
 from lenses.causal import energies

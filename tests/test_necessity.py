@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from planted import planted_model, planted_split
 
-from experiments.necessity import Config, name_of, run, shapley, subsets
+from experiments.latents.necessity import Config, name_of, run, shapley, subsets
 
 
 def config(out: Path, **options: object) -> Config:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from planted import planted_model, planted_split
 
-from experiments.patch import Config, run
-from experiments.study import Result
+from experiments.latents.patch.run import Config, run
+from experiments.study.shared import Result
 
 
 def patched(out: Path, carrier: str) -> Result:
@@ -62,8 +62,8 @@ def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
 
 
 def test_refuses_prompts_of_another_form(tmp_path: Path) -> None:
-    from experiments.split import Split
     from experiments.tasks.problem import Problem
+    from experiments.tasks.split import Split
 
     other = Problem("p", "addition t0 a1 b1", 2, cluster="1")
     with pytest.raises(ValueError, match="of the form"):

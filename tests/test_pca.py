@@ -10,7 +10,7 @@ import torch
 from planted import planted_model, planted_split
 from sklearn.decomposition import PCA
 
-from experiments.pca import Config, parity_share, principal_components, run
+from experiments.latents.pca.run import Config, parity_share, principal_components, run
 
 
 @pytest.mark.parametrize("rows, features", [(40, 7), (6, 30)])

@@ -14,9 +14,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from simulated_sweep import simulate_trials
 
-from experiments import plots, stats
-from experiments.plots import View
-from experiments.stats import Settings
+from experiments.sweep import cells as stats
+from experiments.sweep import heatmaps as plots
+from experiments.sweep.cells import Settings
+from experiments.sweep.heatmaps import View
 
 FAST = Settings(resamples=150, permutations=150)
 SMALL: dict = {"pairs": 3, "latents": (2, 5), "sizes": (1.0,), "draws": 3, "prompts": 40, "clusters": 20}

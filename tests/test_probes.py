@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from codi import CodiModel
-from experiments.probes import (
+from experiments.latents.probes import (
     CONTRAST,
     Config,
     Design,

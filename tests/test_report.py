@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from simulated_sweep import simulate_trials
 
-from experiments import report, stats
-from experiments.stats import Analysis, Settings
+from experiments.sweep import cells as stats
+from experiments.sweep import summary as report
+from experiments.sweep.cells import Analysis, Settings
 
 FAST = Settings(resamples=200, permutations=200)
 SMALL: dict = {"pairs": 4, "latents": (2, 3), "sizes": (1.0,), "prompts": 60, "clusters": 30, "draws": 20}

@@ -1,4 +1,4 @@
-"""experiments.runs: whole files only, resume, damage, mismatch, locks and disks that refuse."""
+"""experiments.study.folder: whole files only, resume, damage, mismatch, locks and disks that refuse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.runs import SORT_COLUMNS, TRIAL_SCHEMA, RunFolder, differences, fingerprint
+from experiments.study.folder import SORT_COLUMNS, TRIAL_SCHEMA, RunFolder, differences, fingerprint
 
 IDENTITY = {"options": {"seed": 0, "pairs": [[1, 2]]}, "checkpoint_hash": "abc"}
 

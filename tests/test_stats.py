@@ -15,8 +15,8 @@ from simulated_sweep import simulate_trials
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar
 
-from experiments import stats
-from experiments.stats import Settings
+from experiments.sweep import cells as stats
+from experiments.sweep.cells import Settings
 
 FAST = Settings(resamples=300, permutations=300)
 

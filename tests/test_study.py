@@ -12,8 +12,7 @@ from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
 from codi.decode import decode_answers
-from experiments.stats import Settings
-from experiments.study import (
+from experiments.study.shared import (
     ReplaceRows,
     StudyOptions,
     answer_rows,
@@ -27,6 +26,7 @@ from experiments.study import (
     replace_embeddings,
     think,
 )
+from experiments.sweep.cells import Settings
 
 QUICK = Settings(resamples=200, permutations=200)
 

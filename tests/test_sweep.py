@@ -1,4 +1,4 @@
-"""experiments.sweep and grid: the whole way from options to the trial table, on a toy."""
+"""experiments.sweep.run and grid: the whole way from options to the trial table, on a toy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import torch
 from codi import CodiModel
 from codi.decode import decode_answers
 from experiments import cli
-from experiments.grid import (
+from experiments.study.folder import RunFolder
+from experiments.sweep.cells import cell_statistics
+from experiments.sweep.grid import (
     GridOptions,
     conditions,
     names,
@@ -28,11 +30,9 @@ from experiments.grid import (
     parse_pairs,
     unique_cells,
 )
-from experiments.runs import RunFolder
-from experiments.split import check_disjoint, load_split
-from experiments.stats import cell_statistics
-from experiments.sweep import SweepConfig, collect_means, make_plan, sweep, timings_of
+from experiments.sweep.run import SweepConfig, collect_means, make_plan, sweep, timings_of
 from experiments.tasks import Problem, extract_answer, is_correct
+from experiments.tasks.split import check_disjoint, load_split
 from steering.directions import difference, generator, random_direction
 from steering.interventions import AddDirection
 from steering.means import LatentMeans

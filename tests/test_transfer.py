@@ -9,8 +9,8 @@ import torch
 from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
-from experiments.study import Result
-from experiments.transfer import AblatePrompt, Config, prompt_means, run
+from experiments.latents.transfer import AblatePrompt, Config, prompt_means, run
+from experiments.study.shared import Result
 
 
 def moved(out: Path, carrier: str) -> Result:
@@ -59,7 +59,7 @@ def test_ablated_prompts_of_one_story_are_equal(codi_model: CodiModel) -> None:
 
 
 def test_needs_donors(tmp_path: Path) -> None:
-    from experiments.split import Split
+    from experiments.tasks.split import Split
 
     one = planted_problems(1)[:2]
     with pytest.raises(ValueError, match="derivation"):

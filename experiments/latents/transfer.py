@@ -17,7 +17,7 @@ which leaves the embeddings alone: the first block still reads the numbers from 
 --legacy: the leaky ablation throughout, the published prompts (50 number triples) and means over these prompts
 themselves.
 
-Runs as `codi transfer` or `python -m experiments.transfer`.
+Runs as `codi transfer` or `python -m experiments.latents.transfer`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ from torch import Tensor
 
 from codi import Intervention
 from codi.rope import rotate, unrotate
-from experiments.claims import Claim, ClaimsTable, judge
-from experiments.split import Split
-from experiments.study import (
+from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.study.shared import (
     PALETTE,
     ReplaceRows,
     Result,
@@ -57,6 +56,7 @@ from experiments.study import (
     think,
 )
 from experiments.tasks import Problem
+from experiments.tasks.split import Split
 from steering.directions import generator
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ subsets.
 
 --legacy: the published prompts (50 number triples) and means over the evaluation prompts themselves.
 
-Runs as `codi necessity` or `python -m experiments.necessity`.
+Runs as `codi necessity` or `python -m experiments.latents.necessity`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from experiments.claims import Claim, ClaimsTable, judge
 from experiments.evaluate import evaluate
-from experiments.split import Split
-from experiments.stats import Settings
-from experiments.study import (
+from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.study.shared import (
     PALETTE,
     Result,
     StudyOptions,
@@ -56,7 +54,9 @@ from experiments.study import (
     stderr,
     think,
 )
-from experiments.sweep import collect_means
+from experiments.sweep.cells import Settings
+from experiments.sweep.run import collect_means
+from experiments.tasks.split import Split
 from steering.directions import generator, patch_coordinate, patch_norm, patch_scalar
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ Each command writes one folder (tables as CSV, figures as PNG and PDF, manifest.
 Lenses: "plain" (logit lens), "each" (one tuned lens per position) or the name of one tuned lens, used everywhere; the
 names are those of `lenses.lens_positions`, with the published 0-based reading under "published …".
 
-Runs as `codi lens` or `python -m experiments.lens`. The measures are in experiments/lens_measures.py, the figures in
-experiments/lens_plots.py.
+Runs as `codi lens` or `python -m experiments.lens`. The measures are in measures.py, the figures in figures.py.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from codi import CodiModel
-    from experiments.claims import ClaimsTable
-    from experiments.runs import RunFolder
+    from experiments.study.claims import ClaimsTable
+    from experiments.study.folder import RunFolder
     from lenses import LatentLens, TrainingOptions
 
 __all__ = ["CONFIG", "Causal", "Detect", "Difference", "Show", "Train", "Transfer", "main", "train"]
@@ -313,7 +312,7 @@ def open_folder(
     out: Path, command: str, config: ModelOptions, model: CodiModel, **identity: Any
 ) -> Iterator[RunFolder]:
     """The folder of a command, alone; one that holds something else is refused."""
-    from experiments.runs import RunFolder, versions
+    from experiments.study.folder import RunFolder, versions
 
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IDENTITY}
     content = {
@@ -469,7 +468,7 @@ def train(config: Train, model: CodiModel, say: Callable[[str], None] = lambda l
     """Train, save and judge lenses in a run folder."""
     import pandas as pd
 
-    from experiments.lens_measures import value_frequencies
+    from experiments.lens.measures import value_frequencies
     from lenses.latent_lens import save_lens, slug
     from lenses.training import LensTraining
 
@@ -547,7 +546,7 @@ def held_out_table(training: Any, problems: Sequence[Problem], config: Train) ->
     import pandas as pd
     import torch
 
-    from experiments.lens_measures import batches, mean_interval
+    from experiments.lens.measures import batches, mean_interval
     from lenses.latent_lens import LatentLens
     from lenses.training import collect_states, divergence_to_output
 
@@ -603,7 +602,7 @@ def held_out_table(training: Any, problems: Sequence[Problem], config: Train) ->
 
 
 def _draw_held_out(folder: RunFolder, table: pd.DataFrame) -> None:
-    from experiments.lens_plots import held_out_figure
+    from experiments.lens.figures import held_out_figure
 
     # every position's own lens is drawn as one series, "each"
     own = table["lens"] == table["position"].astype(str)
@@ -633,8 +632,8 @@ def held_out_text(table: pd.DataFrame, problems: Sequence[Problem], steps: int, 
 
 def show(config: Show, model: CodiModel, say: Callable[[str], None]) -> None:
     """Heatmap and table of one prompt."""
-    from experiments.lens_measures import read_prompt
-    from experiments.lens_plots import heatmap_figure, label
+    from experiments.lens.figures import heatmap_figure, label
+    from experiments.lens.measures import read_prompt
 
     text = config.text if config.text is not None else load_task("templates", "test", None, config.seed)[0].question
     if not text.strip():
@@ -684,8 +683,8 @@ def detect(config: Detect, model: CodiModel, say: Callable[[str], None]) -> None
     """Detection rates, entropy, word families and answer frequencies."""
     import pandas as pd
 
-    from experiments import lens_measures
-    from experiments.lens_plots import curves_figure, detection_figure, summary_figure
+    from experiments.lens import measures as lens_measures
+    from experiments.lens.figures import curves_figure, detection_figure, summary_figure
     from lenses.latent_lens import slug
 
     if not 1 <= config.k <= lens_measures.TOP:
@@ -754,8 +753,8 @@ def detection_claims(found: Any, resamples: int, seed: int) -> ClaimsTable:
     """
     import numpy as np
 
-    from experiments.claims import Claim, ClaimsTable, judge
-    from experiments.lens_measures import TOP, mean_interval
+    from experiments.lens.measures import TOP, mean_interval
+    from experiments.study.claims import Claim, ClaimsTable, judge
 
     claims = ClaimsTable()
     latents = [k for k in found.positions if k > 0]
@@ -870,8 +869,8 @@ def detection_text(
 
 def difference(config: Difference, model: CodiModel, say: Callable[[str], None]) -> None:
     """Difference lens grids."""
-    from experiments.lens_measures import TOP, difference_table, latent_means
-    from experiments.lens_plots import difference_figure
+    from experiments.lens.figures import difference_figure
+    from experiments.lens.measures import TOP, difference_table, latent_means
 
     n = model.n_layers
     layers = config.figure_layers
@@ -918,7 +917,7 @@ def difference_claims(table: pd.DataFrame, n: int, n_clusters: int) -> ClaimsTab
 
     import numpy as np
 
-    from experiments.claims import Claim, ClaimsTable
+    from experiments.study.claims import Claim, ClaimsTable
 
     claims = ClaimsTable()
     latents = sorted(set(table["source"]) | set(table["target"]))
@@ -961,8 +960,8 @@ def difference_claims(table: pd.DataFrame, n: int, n_clusters: int) -> ClaimsTab
 
 def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> None:
     """Lenses at positions they were not trained on."""
-    from experiments.lens_measures import transfer_table
-    from experiments.lens_plots import transfer_figure
+    from experiments.lens.figures import transfer_figure
+    from experiments.lens.measures import transfer_table
     from lenses.latent_lens import choose_lens, load_lenses, unembed
 
     problems = load_problems(config, model)
@@ -1013,7 +1012,7 @@ def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> 
 
 def transfer_claims(table: pd.DataFrame, trained: dict[str, tuple[int, ...]]) -> ClaimsTable:
     """S2 and its reverse: a lens fails where it reads worse than the plain lens."""
-    from experiments.claims import Claim, ClaimsTable, judge
+    from experiments.study.claims import Claim, ClaimsTable, judge
 
     claims = ClaimsTable()
     mean = table[table["layer"] == -1]
@@ -1049,9 +1048,9 @@ def causal(config: Causal, model: CodiModel, say: Callable[[str], None]) -> None
     import pandas as pd
     from scipy.stats import spearmanr
 
-    from experiments.lens_measures import causal_effects, mean_interval
-    from experiments.lens_plots import causal_figure
-    from experiments.split import load_split
+    from experiments.lens.figures import causal_figure
+    from experiments.lens.measures import causal_effects, mean_interval
+    from experiments.tasks.split import load_split
 
     if len(config.read) != 1:
         raise ValueError(f"causal takes one lens, got {', '.join(config.read) or 'none'}")

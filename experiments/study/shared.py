@@ -35,10 +35,9 @@ from codi.branches import BranchAnswers, Branches, EditTable, Timing, decode_bra
 from codi.cache import clone_cache
 from codi.decode import decode_answers
 from codi.rollout import feed, overrides
-from experiments.claims import Claim, ClaimsTable, Verdict
-from experiments.runs import RunFolder, versions
-from experiments.split import Split, load_split
-from experiments.stats import (
+from experiments.study.claims import Claim, ClaimsTable, Verdict
+from experiments.study.folder import RunFolder, versions
+from experiments.sweep.cells import (
     Settings,
     bootstrap_interval,
     cluster_weights,
@@ -48,6 +47,7 @@ from experiments.stats import (
 )
 from experiments.tasks import TASK_NAMES, Problem, extract_answer, is_correct, with_suffix
 from experiments.tasks import templates as template_task
+from experiments.tasks.split import Split, load_split
 from steering.directions import generator
 
 if TYPE_CHECKING:

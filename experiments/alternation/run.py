@@ -42,15 +42,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from experiments.latent_measures import Observations, components, detection, observe, principal_plane, readability
-from experiments.stats import Settings, bootstrap_interval, cluster_weights, max_statistic_p
+from experiments.alternation.observe import Observations, components, detection, observe, principal_plane, readability
+from experiments.sweep.cells import Settings, bootstrap_interval, cluster_weights, max_statistic_p
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from codi import CodiModel
-    from experiments.claims import ClaimsTable
+    from experiments.study.claims import ClaimsTable
 
 __all__ = [
     "Config", "MEASURES", "Measure", "Profile", "RULES", "Result", "Settings", "analyse", "contrast_weights",
@@ -735,9 +735,9 @@ def main(config: Config) -> None:
     from tqdm import tqdm
 
     from codi import load_codi
-    from experiments.latent_claims import published_claims
-    from experiments.runs import versions
-    from experiments.split import load_split
+    from experiments.alternation.claims import published_claims
+    from experiments.study.folder import versions
+    from experiments.tasks.split import load_split
 
     settings = Settings(config.resamples, config.permutations, alpha=config.alpha, seed=config.seed)
     if config.batch_size < 1:

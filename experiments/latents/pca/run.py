@@ -17,7 +17,7 @@ where        why does KV steering act where embedding steering does not? For mea
 
 --legacy: the published prompts and means over these prompts themselves.
 
-Runs as `codi pca` or `python -m experiments.pca`.
+Runs as `codi pca` or `python -m experiments.latents.pca.run`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,8 @@ from torch import Tensor
 
 from codi.branches import decode_branches
 from codi.decode import decode_answers, default_new_tokens
-from experiments.claims import Claim, ClaimsTable, judge
-from experiments.grid import GridOptions, conditions, directions
-from experiments.grid import Timing as GridTiming
-from experiments.split import Split
-from experiments.stats import Settings, cell_statistics, cluster_weights
-from experiments.study import (
+from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.study.shared import (
     PALETTE,
     Result,
     StudyOptions,
@@ -62,8 +58,12 @@ from experiments.study import (
     stderr,
     think,
 )
-from experiments.sweep import collect_means, run_part
+from experiments.sweep.cells import Settings, cell_statistics, cluster_weights
+from experiments.sweep.grid import GridOptions, conditions, directions
+from experiments.sweep.grid import Timing as GridTiming
+from experiments.sweep.run import collect_means, run_part
 from experiments.tasks import Problem
+from experiments.tasks.split import Split
 from steering.directions import Direction, Space, difference, generator, random_direction
 from steering.interventions import AddDirection, Edit, Part, branches, edit_table
 from steering.means import content_keys

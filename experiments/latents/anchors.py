@@ -19,7 +19,7 @@ get its attention in every prompt: variance over latents of the mean share, agai
 Source: Bogdan et al. 2025, Thought anchors (arXiv 2506.19143), there on sentences of written chains. No numbers were
 published on latents, so --legacy only changes prompts.
 
-Runs as `codi anchors` or `python -m experiments.anchors`.
+Runs as `codi anchors` or `python -m experiments.latents.anchors`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ from torch import Tensor
 from codi import Intervention, Prefill
 from codi.decode import decode_answers
 from codi.rope import rotate, unrotate
-from experiments.claims import Claim, ClaimsTable, judge
-from experiments.patch import claimed_latents
-from experiments.split import Split
-from experiments.study import (
+from experiments.latents.patch.run import claimed_latents
+from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.study.shared import (
     ReplaceRows,
     Result,
     StudyOptions,
@@ -66,6 +65,7 @@ from experiments.study import (
     think,
 )
 from experiments.tasks import Problem
+from experiments.tasks.split import Split
 from steering.directions import generator
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ a clustered interval that `codi eval` prints.
 What it does not know: models, prompts' wording, files other than a run folder, figures (`plots.py`), sentences
 (`report.py`).
 
-How to run: `codi stats RUN` or `python -m experiments.stats RUN` recomputes every table of a run folder from its
+How to run: `codi stats RUN` or `python -m experiments.sweep.cells RUN` recomputes every table of a run folder from its
 trials.
 
 Definitions, used by all tables
@@ -60,7 +60,7 @@ import tyro
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
-from experiments.runs import RunFolder
+from experiments.study.folder import RunFolder
 
 __all__ = [
     "Analysis",
@@ -1220,7 +1220,7 @@ class StatsConfig:
 
 
 def main(config: StatsConfig) -> None:
-    from experiments import report
+    from experiments.sweep import summary as report
 
     trials = load_trials(config.run)
     analysis = analyse(trials, settings_of(config.run, config.settings))

@@ -28,7 +28,7 @@ from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
 from codi.decode import decode_answers
-from experiments.stats import bootstrap_interval, cluster_weights
+from experiments.sweep.cells import bootstrap_interval, cluster_weights
 from experiments.tasks import Problem, is_correct
 from lenses.causal import AblateDirections, causal_basis, energies
 from lenses.latent_lens import TEXT, LatentLens, latent_states

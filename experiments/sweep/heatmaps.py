@@ -12,8 +12,7 @@ What it does: for each space, part and timing, and where it says so for each |c|
 
 What it does not know: trials, models, how a number was computed (`stats.py`).
 
-How to run: `codi plot RUN` or `python -m experiments.plots RUN` draws every figure of a run folder, PNG and PDF, into
-RUN/figures. Heatmaps show coefficients c > 0 only: (A, B, -c) is the same edit as (B, A, c), so every edit is there.
+How to run: `codi plot RUN` draws every figure of a run folder, PNG and PDF, into RUN/figures. Heatmaps show coefficients c > 0 only: (A, B, -c) is the same edit as (B, A, c), so every edit is there.
 
 Colours: blue better, red worse than the baseline of that position, white equal (ColorBrewer RdBu, safe for colour-blind
 readers); lines are the Okabe-Ito colours with a marker each. Widths are those of a page (7.2 inches), text is 6 points
@@ -42,9 +41,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.report import CONTROL_NAMES, family_name, number
-from experiments.runs import RunFolder
-from experiments.stats import (
+from experiments.study.folder import RunFolder
+from experiments.sweep.cells import (
     FAMILY,
     PAIR_CONTROLS,
     PATCH_CONTROLS,
@@ -55,6 +53,7 @@ from experiments.stats import (
     load_trials,
     settings_of,
 )
+from experiments.sweep.summary import CONTROL_NAMES, family_name, number
 
 __all__ = ["FORMATS", "PlotConfig", "View", "draw", "figures", "main", "render", "views"]
 

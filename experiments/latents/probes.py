@@ -19,7 +19,7 @@ class, then the rule of linear discriminant analysis in the space of the fitted 
 instead would hide every class that lies between others, and numbers lie on a line. One ridge fit serves all targets
 and shuffles, so a place costs a fraction of a second.
 
-Knows nothing about lenses, answers or interventions. Runs as `codi probes` or `python -m experiments.probes`.
+Knows nothing about lenses, answers or interventions. Runs as `codi probes` or `python -m experiments.latents.probes`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from experiments.stats import bootstrap_interval, cluster_weights
+from experiments.sweep.cells import bootstrap_interval, cluster_weights
 from experiments.tasks import Problem, load_task, with_suffix
 
 if TYPE_CHECKING:
@@ -590,8 +590,8 @@ def main(config: Config) -> None:
     from tqdm import tqdm
 
     from codi import load_codi
-    from experiments.runs import versions
-    from experiments.split import digest
+    from experiments.study.folder import versions
+    from experiments.tasks.split import digest
 
     if config.resamples < 100:
         raise ValueError(f"resamples must be at least 100, got {config.resamples}")

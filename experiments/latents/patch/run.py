@@ -17,7 +17,7 @@ interchange  latent k of prompt A becomes that of prompt B: the vector, the resi
 --legacy: the published prompts (50 number triples), means over the evaluation prompts themselves (so a prompt
 is part of its own mean) and step-2 patching at z_5 only.
 
-Runs as `codi patch` or `python -m experiments.patch`.
+Runs as `codi patch` or `python -m experiments.latents.patch.run`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ from torch import Tensor
 
 from codi import Intervention
 from codi.rope import rotate, unrotate
-from experiments.claims import Claim, ClaimsTable, judge
-from experiments.split import Split
-from experiments.stats import Settings
-from experiments.study import (
+from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.study.shared import (
     Bank,
     ReplaceRows,
     Result,
@@ -61,8 +59,10 @@ from experiments.study import (
     stderr,
     think,
 )
+from experiments.sweep.cells import Settings
 from experiments.tasks import Problem
 from experiments.tasks import templates as template_task
+from experiments.tasks.split import Split
 from steering.directions import generator
 
 if TYPE_CHECKING:

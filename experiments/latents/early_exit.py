@@ -13,7 +13,8 @@ gives to exactly this answer and the end of text after it. From these, without r
                stopping times dealt out to other prompts. Upper bound, "oracle": the first latent whose answer is the
                final one. Deciding costs an answer per latent; what is counted here is latents.
 
-Runs as `codi early-exit` or `python -m experiments.early_exit`. No published numbers, so --legacy only changes prompts.
+Runs as `codi early-exit` or `python -m experiments.latents.early_exit`. No published numbers, so --legacy only changes
+prompts.
 """
 
 from __future__ import annotations
@@ -28,11 +29,9 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
-from experiments.claims import ClaimsTable
-from experiments.necessity import number_claims
-from experiments.split import Split
-from experiments.stats import Settings, cluster_weights
-from experiments.study import (
+from experiments.latents.necessity import number_claims
+from experiments.study.claims import ClaimsTable
+from experiments.study.shared import (
     PALETTE,
     Result,
     StudyOptions,
@@ -50,7 +49,9 @@ from experiments.study import (
     row_of,
     stderr,
 )
+from experiments.sweep.cells import Settings, cluster_weights
 from experiments.tasks import Problem
+from experiments.tasks.split import Split
 from steering.directions import generator
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ import pandas as pd
 import tyro
 from tqdm import tqdm
 
-from experiments.grid import (
+from experiments.study.folder import TRIAL_SCHEMA, RunFolder, versions
+from experiments.sweep.grid import (
     CONTROLS,
     TIMINGS,
     Condition,
@@ -43,9 +44,8 @@ from experiments.grid import (
     parse_numbers,
     parse_pairs,
 )
-from experiments.runs import TRIAL_SCHEMA, RunFolder, versions
-from experiments.split import Split, digest, load_split
 from experiments.tasks import Problem, extract_answer, is_correct
+from experiments.tasks.split import Split, digest, load_split
 from steering.directions import SPACES, Space
 from steering.interventions import PARTS, Part
 
@@ -274,12 +274,13 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
 
 def conclude(folder: RunFolder, config: SweepConfig, say: Callable[[str], None]) -> None:
     """Statistics, figures and the printed summary of a finished trial table."""
-    from experiments import report, stats
+    from experiments.sweep import cells as stats
+    from experiments.sweep import summary as report
 
     analysis = stats.analyse(folder.trials(), stats.Settings(seed=config.seed))
     stats.write(analysis, folder.path)
     if config.plots:
-        from experiments import plots
+        from experiments.sweep import heatmaps as plots
 
         say("drawing the figures")
         plots.draw(analysis, folder.path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.stats import FAMILY, PAIR_CONTROLS, PATCH_CONTROLS, Analysis
+from experiments.sweep.cells import FAMILY, PAIR_CONTROLS, PATCH_CONTROLS, Analysis
 
 __all__ = ["CONTROL_NAMES", "cell_name", "family_name", "figure_paths", "number", "p_text", "percent", "summary"]
 

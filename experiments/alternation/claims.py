@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.alternation import Measure, Profile, Result, analyse, contrast_weights
-from experiments.claims import Claim, ClaimsTable, Verdict, judge
-from experiments.latent_measures import Observations, components, detection, principal_plane, steps_of
-from experiments.stats import Estimate, Settings, cluster_weights
+from experiments.alternation.observe import Observations, components, detection, principal_plane, steps_of
+from experiments.alternation.run import Measure, Profile, Result, analyse, contrast_weights
+from experiments.study.claims import Claim, ClaimsTable, Verdict, judge
+from experiments.sweep.cells import Estimate, Settings, cluster_weights
 
 __all__ = ["published_claims"]
 

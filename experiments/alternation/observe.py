@@ -25,7 +25,7 @@ from torch import Tensor
 from codi import Intervention, decode_answers
 from codi.cache import clone_cache
 from codi.rollout import feed
-from experiments.probes import Design, ProbeScores, Target, probe, targets_of
+from experiments.latents.probes import Design, ProbeScores, Target, probe, targets_of
 from experiments.tasks import Problem, is_correct
 from steering.means import content_keys
 

@@ -21,7 +21,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
-from experiments.lens_measures import TOP
+from experiments.lens.measures import TOP
 from lenses.latent_lens import TEXT
 
 __all__ = [

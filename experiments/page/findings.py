@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.claims import Claim
+from experiments.study.claims import Claim
 
 __all__ = ["MARKER", "STUDIES", "Config", "Study", "demoted", "main"]
 

@@ -1,0 +1,1 @@
+"""Studies of single latents: necessity, transfer, anchors, early exit, probes, patching, principal components."""

@@ -1,0 +1,1 @@
+"""Latents replaced by means, by values, by other prompts' latents or noise."""

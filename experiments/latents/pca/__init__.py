@@ -1,0 +1,1 @@
+"""Principal components of latents and cache entries; where each edit's effect goes."""
