@@ -25,7 +25,8 @@ from torch import Tensor
 from codi import Intervention, decode_answers
 from codi.cache import clone_cache
 from codi.rollout import feed
-from experiments.latents.probes import Design, ProbeScores, Target, probe, targets_of
+from experiments.statistics.probes import Design, ProbeScores, Target, probe
+from experiments.study.targets import targets_of
 from experiments.tasks import Problem, is_correct
 from steering.means import content_keys
 
@@ -272,7 +273,7 @@ def readability(
     Args:
         states: (prompt, latent, feature).
         problems: with known steps.
-        folds, shuffles, seed: see `experiments.probes.Design`; folds are reduced to the number of clusters.
+        folds, shuffles, seed: see `experiments.statistics.probes.Design`; folds are reduced to the number of clusters.
 
     Returns:
         target ("step1", …, "answer") -> (prompt, latent) held-out hit with the true labels minus the mean of the same

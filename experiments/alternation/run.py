@@ -43,7 +43,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.alternation.observe import Observations, components, detection, observe, principal_plane, readability
-from experiments.sweep.cells import Settings, bootstrap_interval, cluster_weights, max_statistic_p
+from experiments.statistics.clusters import Settings, bootstrap_interval
+from experiments.statistics.paired import max_statistic_p
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -317,7 +318,7 @@ def analyse(profiles: Sequence[Profile], settings: Settings | None = None, accur
     names, codes = np.unique(clusters, return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"the unit of the test is the number triple: at least 2 are needed, got {len(names)}")
-    weights = cluster_weights(len(names), settings.resamples, settings.seed)
+    weights = settings.weights(len(names))
 
     levels: list[dict[str, Any]] = []
     rows = [_describe(profile, codes, weights, settings, levels) for profile in profiles]
