@@ -36,7 +36,7 @@ __all__ = ["COMMANDS", "UsageError", "available", "main", "run", "run_module"]
 # name -> (module, one line of help). Modules that are not there are not listed.
 COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("experiments.sweep.run", "steer every latent pair, position and coefficient, beside random controls"),
-    "stats": ("experiments.sweep.cells", "recompute the statistics of a run folder from its trials"),
+    "stats": ("experiments.sweep.recompute", "recompute the statistics of a run folder from its trials"),
     "plot": ("experiments.sweep.heatmaps", "draw the figures of a run folder"),
     "eval": ("experiments.evaluate", "accuracy by number of latents and by mode of answering, with intervals"),
     "train": ("experiments.train", "train a CODI model: teacher, then self-distillation"),

@@ -220,7 +220,7 @@ def accuracy_table(answers: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     import pandas as pd
     from statsmodels.stats.proportion import proportion_confint
 
-    from experiments.sweep.cells import accuracy_interval
+    from experiments.statistics.clusters import accuracy_interval
 
     rows = []
     for mode, count in _conditions(answers):

@@ -10,7 +10,7 @@ import pytest
 from planted import planted_model, planted_split
 
 from experiments.latents.early_exit import Config, calibration, chosen_threshold, policies, run, stops_at
-from experiments.sweep.cells import Settings
+from experiments.statistics.clusters import Settings
 
 
 def trials(right: list[list[int]], confidence: list[list[float]]) -> pd.DataFrame:

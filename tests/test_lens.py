@@ -19,7 +19,6 @@ from experiments.lens.measures import (
     detect,
     difference_table,
     latent_means,
-    mean_interval,
     number_spellings,
     ranks,
     value_frequencies,
@@ -75,17 +74,6 @@ def test_rank_is_that_of_the_best_spelling_and_of_its_worst_token() -> None:
         ]
     )
     assert ranks(top, wanted).tolist() == [[2, 4, 127, 127]]
-
-
-def test_interval_of_constants_has_no_width_and_unknown_prompts_do_not_count() -> None:
-    values = np.array([[1.0, 0.0, np.nan], [1.0, 1.0, np.nan], [1.0, np.nan, np.nan], [1.0, 1.0, np.nan]])
-    table = mean_interval(values, ["a", "a", "b", "b"])
-    assert table.loc[0, ["mean", "lower", "upper"]].tolist() == [1.0, 1.0, 1.0]
-    assert table.loc[1, "mean"] == pytest.approx(2 / 3) and table.loc[1, "n"] == 3
-    rates = mean_interval(values, ["a", "a", "b", "b"], rates=True)  # two clusters, all right: Clopper-Pearson
-    assert rates.loc[0, "lower"] == pytest.approx(0.025**0.5) and rates.loc[0, "upper"] == 1.0
-    assert rates.loc[1].equals(table.loc[1])
-    assert table.loc[2, "n"] == 0 and np.isnan(table.loc[2, "mean"])
 
 
 def test_frequencies_count_questions() -> None:

@@ -14,10 +14,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from simulated_sweep import simulate_trials
 
-from experiments.sweep import cells as stats
+from experiments.statistics.clusters import Settings
 from experiments.sweep import heatmaps as plots
-from experiments.sweep.cells import Settings
+from experiments.sweep.analysis import analyse
 from experiments.sweep.heatmaps import View
+from experiments.sweep.recompute import Overrides
 
 FAST = Settings(resamples=150, permutations=150)
 SMALL: dict = {"pairs": 3, "latents": (2, 5), "sizes": (1.0,), "draws": 3, "prompts": 40, "clusters": 20}
@@ -35,7 +36,7 @@ def view() -> View:
         controls=("random", "covariance", "shuffled"),
         patches=("patch-scalar", "patch-coordinate", "patch-norm"),
     )
-    (only,) = plots.views(stats.analyse(trials, FAST), notes=("Model: a-model-with-a-rather-long-name-1b.",))
+    (only,) = plots.views(analyse(trials, FAST), notes=("Model: a-model-with-a-rather-long-name-1b.",))
     return only
 
 
@@ -193,7 +194,7 @@ def test_captions_say_how_many_and_against_what(drawn: dict[str, Figure]) -> Non
 def test_other_shapes_of_sweep(changes: dict) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (some,) = plots.views(stats.analyse(simulate_trials(**(SMALL | changes)), FAST))
+        (some,) = plots.views(analyse(simulate_trials(**(SMALL | changes)), FAST))
         figures = dict(plots.figures(some))
         problems = {name: clashes(figure) for name, figure in figures.items()}
     assert not {name: found for name, found in problems.items() if found}
@@ -206,7 +207,7 @@ def test_a_grid_in_which_nothing_happens() -> None:
     trials["correct"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (some,) = plots.views(stats.analyse(trials, FAST))
+        (some,) = plots.views(analyse(trials, FAST))
         for name, figure in plots.figures(some):
             assert not clashes(figure), name
     assert some.limit == 0.1
@@ -215,7 +216,7 @@ def test_a_grid_in_which_nothing_happens() -> None:
 def test_cells_that_were_not_run_stay_empty() -> None:
     trials = simulate_trials(**SMALL)
     gone = (trials["control"] == "direction") & (trials["target"] == 3) & (trials["latent"] == 5)
-    (some,) = plots.views(stats.analyse(trials[~gone], FAST))
+    (some,) = plots.views(analyse(trials[~gone], FAST))
     main = next(axes for axes in plots.accuracy_heatmap(some, 1.0).axes if axes.images)
     empty = np.ma.getmaskarray(np.ma.masked_invalid(main.images[0].get_array()))
     assert empty.sum() == 2 and len(main.texts) == empty.size - 2  # both names of the pair 1-3
@@ -225,14 +226,14 @@ def test_a_run_folder(tmp_path: Path, capsys) -> None:
     trials = simulate_trials(**SMALL)
     (tmp_path / "trials").mkdir()
     trials.to_parquet(tmp_path / "trials" / "part-0.parquet")
-    plots.main(plots.PlotConfig(tmp_path, dpi=60, settings=stats.Overrides(150, 150)))
+    plots.main(plots.PlotConfig(tmp_path, dpi=60, settings=Overrides(150, 150)))
     files = sorted((tmp_path / "figures").iterdir())
     assert {file.suffix for file in files} == {".png", ".pdf"}
     assert len(files) == 2 * len({file.stem for file in files})
     assert sorted(capsys.readouterr().out.split()) == [str(file) for file in files]
     assert all(file.stat().st_size > 1000 for file in files)
     first = {file.name: file.read_bytes() for file in files}
-    plots.draw(stats.analyse(trials, FAST), tmp_path, dpi=60, formats=("pdf",))  # as in the folder, byte for byte
+    plots.draw(analyse(trials, FAST), tmp_path, dpi=60, formats=("pdf",))  # as in the folder, byte for byte
     assert first == {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
 
 
@@ -244,7 +245,7 @@ def test_legacy_labels_are_explained() -> None:
 
 def test_bad_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="formats must be among png, pdf, got svg"):
-        plots.draw(stats.analyse(simulate_trials(**SMALL), FAST), tmp_path, formats=("svg",))
+        plots.draw(analyse(simulate_trials(**SMALL), FAST), tmp_path, formats=("svg",))
     with pytest.raises(ValueError, match="dpi must be in"):
         plots.PlotConfig(tmp_path, dpi=0)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from simulated_sweep import simulate_trials
 
-from experiments.sweep import cells as stats
+from experiments.statistics.clusters import Settings
+from experiments.statistics.words import p_number
 from experiments.sweep import summary as report
-from experiments.sweep.cells import Analysis, Settings
+from experiments.sweep.analysis import Analysis, analyse
 
 FAST = Settings(resamples=200, permutations=200)
 SMALL: dict = {"pairs": 4, "latents": (2, 3), "sizes": (1.0,), "prompts": 60, "clusters": 30, "draws": 20}
@@ -23,7 +24,7 @@ def page(analysis: Analysis) -> str:
 
 def test_it_reports_what_was_put_in() -> None:
     effects = {(1, 2, 1.0, 3): 0.9, (1, 3, -1.0, 2): -0.9}
-    analysis = stats.analyse(simulate_trials(**SMALL, effects=effects), FAST)
+    analysis = analyse(simulate_trials(**SMALL, effects=effects), FAST)
     text = page(analysis)
     assert "1 improvement, 1 harm** of 16 cells" in text
     best, worst = text.split("Best:")[1].split("Worst:")
@@ -40,31 +41,31 @@ def test_it_reports_what_was_put_in() -> None:
 
 
 def test_it_says_when_nothing_survives() -> None:
-    text = page(stats.analyse(simulate_trials(**SMALL), FAST))
+    text = page(analyse(simulate_trials(**SMALL), FAST))
     assert "0 improvements, 0 harms** of 16 cells" in text
     assert "**Nothing survives correction**" in text
-    text = page(stats.analyse(simulate_trials(**SMALL, effects={(1, 3, -1.0, 2): -0.9}), FAST))
+    text = page(analyse(simulate_trials(**SMALL, effects={(1, 3, -1.0, 2): -0.9}), FAST))
     assert "**No improvement survives correction.**" in text and "Nothing survives" not in text
 
 
 def test_without_controls_or_directions_it_claims_nothing() -> None:
     trials = simulate_trials(**SMALL, effects={(1, 2, 1.0, 3): 0.9})
-    text = page(stats.analyse(trials[trials["control"] != "random"], FAST))
+    text = page(analyse(trials[trials["control"] != "random"], FAST))
     assert "No random directions were run" in text and "no random draws" in text and "**improvement**" not in text
-    text = page(stats.analyse(trials[trials["control"] != "direction"], FAST))
+    text = page(analyse(trials[trials["control"] != "direction"], FAST))
     assert "No direction was run" in text and "random directions" in text
 
 
 def test_a_table_is_a_table() -> None:
     """Every row of the levels has as many columns as the header (a bar inside a cell would break it)."""
     trials = simulate_trials(**SMALL, controls=("random", "shuffled"), patches=("patch-norm",), timing="cached")
-    rows = [line for line in page(stats.analyse(trials, FAST)).splitlines() if line.startswith("|")]
+    rows = [line for line in page(analyse(trials, FAST)).splitlines() if line.startswith("|")]
     assert len(rows) == 6 and {row.count("|") for row in rows} == {4}
     assert "edited latent" in rows[0]
 
 
 def test_it_says_where_the_figures_are(tmp_path: Path) -> None:
-    analysis = stats.analyse(simulate_trials(**SMALL), FAST)
+    analysis = analyse(simulate_trials(**SMALL), FAST)
     assert f"codi plot {tmp_path}" in report.summary(analysis, tmp_path)
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "a.png").touch()
@@ -75,7 +76,7 @@ def test_it_says_where_the_figures_are(tmp_path: Path) -> None:
     ("value", "text"), [(0.5, "0.500"), (0.00012, "1e−4"), (float("nan"), "unknown"), (1e-12, "1e−12")]
 )
 def test_p_values_in_words(value: float, text: str) -> None:
-    assert report.p_text(value) == text
+    assert p_number(value) == text
 
 
 def test_no_negative_zero() -> None:

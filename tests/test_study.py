@@ -12,6 +12,7 @@ from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
 from codi.decode import decode_answers
+from experiments.statistics.clusters import Settings
 from experiments.study.shared import (
     ReplaceRows,
     StudyOptions,
@@ -26,7 +27,6 @@ from experiments.study.shared import (
     replace_embeddings,
     think,
 )
-from experiments.sweep.cells import Settings
 
 QUICK = Settings(resamples=200, permutations=200)
 

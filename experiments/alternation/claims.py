@@ -2,8 +2,8 @@
 
 Each claim becomes one number with an interval over number triples and a rule fixed here beforehand. A *lead* is the
 smallest value at the claimed latents minus the largest at all the others: positive exactly if the claimed latents are
-ahead of every other one. Intervals are percentile bootstrap intervals of the number itself (a lead is computed anew in
-every resample).
+ahead of every other one. Intervals are bootstrap intervals of the number itself (a lead is computed anew in every
+resample), by the one rule of statistics.clusters.
 
 Knows nothing about how observations are made. Not a command: `codi alternation` writes the table.
 """
@@ -19,19 +19,29 @@ import pandas as pd
 
 from experiments.alternation.observe import Observations, components, detection, principal_plane, steps_of
 from experiments.alternation.run import Measure, Profile, Result, analyse, contrast_weights
+from experiments.statistics.clusters import (
+    Estimate,
+    Settings,
+    cluster_codes,
+    cluster_sums,
+    cluster_weights,
+    expanded_percentile,
+    interval_of,
+)
 from experiments.study.claims import Claim, ClaimsTable, Verdict, judge
-from experiments.sweep.cells import Estimate, Settings, cluster_weights
 
 __all__ = ["published_claims"]
+
+DIRECTION_RESAMPLES = 40
+"""Resamples behind the interval of a principal direction, each of which costs a decomposition."""
 
 
 class _Interval:
     """Estimates with cluster-bootstrap intervals of any function of column means."""
 
     def __init__(self, clusters: np.ndarray, settings: Settings) -> None:
-        self.names, self.codes = np.unique(clusters, return_inverse=True)
-        self.weights = cluster_weights(len(self.names), settings.resamples, settings.seed)
-        self.tail = (1 - settings.level) / 2
+        self.codes, self.names = cluster_codes(clusters)
+        self.weights, self.level = settings.weights(len(self.names)), settings.level
 
     def __call__(
         self, values: np.ndarray, function: Callable[[np.ndarray], np.ndarray], rows: np.ndarray | None = None
@@ -46,16 +56,18 @@ class _Interval:
         known = np.isfinite(values).all(1) & (True if rows is None else rows)
         if not known.any():
             return Estimate(np.nan, np.nan, np.nan, 0, 0)
-        width = len(self.names)
-        counts = np.bincount(self.codes[known], minlength=width)
-        sums = np.stack([np.bincount(self.codes[known], weights=column, minlength=width) for column in values[known].T])
-        totals = self.weights @ counts
-        drawn = totals > 0
-        means = (self.weights[drawn] @ sums.T) / totals[drawn, None]
-        found = function(means)
-        lower, upper = np.quantile(found, [self.tail, 1 - self.tail])
-        estimate = float(function((sums.sum(1) / counts.sum())[None])[0])
-        return Estimate(estimate, float(lower), float(upper), int(known.sum()), int((counts > 0).sum()))
+        sums, counts = cluster_sums(values[known], self.codes[known], len(self.names))
+        n_clusters = int((counts[0] > 0).sum())
+        reach = 2 * max(1.0, float(np.abs(values[known]).max()))  # no difference of two means is larger
+        estimate, lower, upper = interval_of(
+            lambda totals: function(totals[:, :-1] / totals[:, -1:]),
+            np.vstack([sums, counts[:1]]),
+            weights=self.weights,
+            n_clusters=n_clusters,
+            level=self.level,
+            bounds=(-reach, reach),
+        )
+        return Estimate(float(estimate[0]), float(lower[0]), float(upper[0]), int(known.sum()), n_clusters)
 
 
 def _lead(columns: Sequence[int]) -> Callable[[np.ndarray], np.ndarray]:
@@ -217,24 +229,25 @@ def _component_claims(
     if end_embedding is None:
         table.add(_untestable("S7 direction", statement, "no embedding was given"))
     else:
-        names, codes = np.unique(reference.clusters, return_inverse=True)
+        codes, names = cluster_codes(reference.clusters)
 
         def cosine(rows: np.ndarray) -> float:
             first = principal_plane(reference.states[rows], seed)[1][0]
             return float(abs(first @ end_embedding) / (np.linalg.norm(end_embedding) or 1.0))
 
-        rng = np.random.default_rng(seed)
-        halves = []
-        for _ in range(40):
-            drawn = rng.integers(len(names), size=len(names))
-            halves.append(cosine(np.concatenate([np.flatnonzero(codes == cluster) for cluster in drawn])))
-        lower, upper = np.quantile(halves, [(1 - settings.level) / 2, (1 + settings.level) / 2])
-        value = Estimate(cosine(np.arange(len(codes))), float(lower), float(upper), len(codes), len(names))
+        members = [np.flatnonzero(codes == cluster) for cluster in range(len(names))]
+        drawn = [
+            np.concatenate([members[cluster] for cluster in np.repeat(np.arange(len(names)), weight.astype(int))])
+            for weight in cluster_weights(len(names), DIRECTION_RESAMPLES, seed)
+        ]
+        again = np.array([cosine(rows) for rows in drawn])
+        lower, upper = expanded_percentile(again[:, None], len(names), settings.level, bounds=(0.0, 1.0))
+        value = Estimate(cosine(np.arange(len(codes))), float(lower[0]), float(upper[0]), len(codes), len(names))
         chance = 1.96 / np.sqrt(len(end_embedding))
         table.add(_claim(
             "S7 direction", statement,
             "|cosine| of the first component of h_1..h_n and the end-of-thought embedding; above 0.7", value, above=0.7,
-            note=f"40 resamples; a random direction stays below {chance:.2f} in 95 % of cases",
+            note=f"{DIRECTION_RESAMPLES} resamples; a random direction stays below {chance:.2f} in 95 % of cases",
         ))  # fmt: skip
     tested = result.tests[result.tests["measure"] == "components"]
     statement = "the first two components separate even and odd latents"

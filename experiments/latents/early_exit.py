@@ -30,6 +30,7 @@ from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
 from experiments.latents.necessity import number_claims
+from experiments.statistics.clusters import Settings, cluster_codes, cluster_sums, interval_of
 from experiments.study.claims import ClaimsTable
 from experiments.study.shared import (
     PALETTE,
@@ -49,7 +50,6 @@ from experiments.study.shared import (
     row_of,
     stderr,
 )
-from experiments.sweep.cells import Settings, cluster_weights
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from steering.directions import generator
@@ -128,12 +128,19 @@ def calibration(trials: pd.DataFrame, settings: Settings) -> tuple[pd.DataFrame,
     """
     rows, bins = [], []
     for latent, part in trials.groupby("latent", sort=True):
-        codes, names = pd.factorize(part["cluster"], sort=True)
-        weights = cluster_weights(len(names), min(settings.resamples, 500), settings.seed)
+        codes, names = cluster_codes(part["cluster"])
         right, confidence = part["correct"].to_numpy(float), part["confidence"].to_numpy(float)
         place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-        resampled = [_ece(right, confidence, place, one[codes]) for one in weights]
-        lower, upper = np.quantile(resampled, [(1 - settings.level) / 2, (1 + settings.level) / 2])
+        gaps = np.eye(BINS)[place] * (right - confidence)[:, None]
+        sums, counts = cluster_sums(gaps, codes, len(names))
+        _, lower, upper = interval_of(
+            _ece,
+            np.vstack([sums, counts[:1]]),
+            weights=settings.weights(len(names)),
+            n_clusters=len(names),
+            level=settings.level,
+            bounds=(0.0, 1.0),
+        )
         accuracy = right.mean()
         brier, always = ((confidence - right) ** 2).mean(), accuracy * (1 - accuracy)
         both = 0 < accuracy < 1
@@ -144,9 +151,9 @@ def calibration(trials: pd.DataFrame, settings: Settings) -> tuple[pd.DataFrame,
                 "n_clusters": len(names),
                 "accuracy": accuracy,
                 "confidence": confidence.mean(),
-                "ece": _ece(right, confidence, place, np.ones(len(part))),
-                "ece_lower": lower,
-                "ece_upper": upper,
+                "ece": float(_ece(np.append(gaps.sum(0), len(part)))),
+                "ece_lower": lower[0],
+                "ece_upper": upper[0],
                 "brier": brier,
                 "skill": 1 - brier / always if both else np.nan,
                 "auroc": roc_auc_score(right, confidence) if both else np.nan,
@@ -167,10 +174,13 @@ def calibration(trials: pd.DataFrame, settings: Settings) -> tuple[pd.DataFrame,
     return pd.DataFrame(rows), pd.DataFrame(bins)
 
 
-def _ece(right: np.ndarray, confidence: np.ndarray, place: np.ndarray, weight: np.ndarray) -> float:
-    """Expected calibration error: sum over bins of |right - confidence|, weighted by what is in the bin."""
-    gap = np.bincount(place, weights=weight * (right - confidence), minlength=BINS)
-    return float(np.abs(gap).sum() / max(weight.sum(), 1e-12))
+def _ece(sums: np.ndarray) -> np.ndarray:
+    """Expected calibration error: sum over bins of |right - confidence|, weighted by what is in the bin.
+
+    Args:
+        sums: (…, bin then prompts): sum of (right - confidence) over the prompts of each bin, and number of prompts.
+    """
+    return np.abs(sums[..., :-1]).sum(-1) / sums[..., -1]
 
 
 def _wide(trials: pd.DataFrame, value: str) -> np.ndarray:

@@ -31,6 +31,7 @@ import pandas as pd
 import torch
 
 from experiments.evaluate import evaluate
+from experiments.statistics.clusters import Settings
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
     PALETTE,
@@ -54,7 +55,6 @@ from experiments.study.shared import (
     stderr,
     think,
 )
-from experiments.sweep.cells import Settings
 from experiments.sweep.run import collect_means
 from experiments.tasks.split import Split
 from steering.directions import generator, patch_coordinate, patch_norm, patch_scalar

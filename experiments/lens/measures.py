@@ -24,11 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
 from codi.decode import decode_answers
-from experiments.sweep.cells import bootstrap_interval, cluster_weights
+from experiments.statistics.clusters import Settings, mean_intervals
 from experiments.tasks import Problem, is_correct
 from lenses.causal import AblateDirections, causal_basis, energies
 from lenses.latent_lens import TEXT, LatentLens, latent_states
@@ -44,7 +43,6 @@ __all__ = [
     "detect",
     "difference_table",
     "latent_means",
-    "mean_interval",
     "number_spellings",
     "read_prompt",
     "transfer_table",
@@ -56,57 +54,6 @@ TOP = 10
 """Detection is computed for k = 1..TOP."""
 Rule = Literal["first", "all"]
 _NEVER = 127  # rank of what is not among the TOP
-
-
-# --- Intervals --------------------------------------------------------------------------------------------------------
-
-
-def mean_interval(
-    values: np.ndarray,
-    clusters: Sequence[str],
-    resamples: int = 2000,
-    seed: int = 0,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    rates: bool = False,
-) -> pd.DataFrame:
-    """Means of many columns over prompts, with 95 % bootstrap intervals over clusters.
-
-    Args:
-        values: (prompt, cell), NaN where a prompt does not count.
-        clusters: one per prompt.
-        bounds: the whole range of a mean, given for a cell with a single cluster.
-        rates: values are truth values; where all are alike a bootstrap has no width, and the interval is
-            Clopper-Pearson over clusters.
-
-    Returns:
-        One row per cell: mean, lower, upper, n (prompts), n_clusters. NaN where no prompt counts.
-    """
-    codes, names = pd.factorize(np.asarray(clusters), sort=True)
-    known = ~np.isnan(values)
-    sums, counts = np.zeros((values.shape[1], len(names))), np.zeros((values.shape[1], len(names)))
-    np.add.at(sums.T, codes, np.where(known, values, 0.0))
-    np.add.at(counts.T, codes, known.astype(float))
-    weights = cluster_weights(len(names), resamples, seed)
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, bounds=bounds)
-    n = counts.sum(1)
-    empty = n == 0
-    n_clusters = (counts > 0).sum(1)
-    if rates:
-        total = sums.sum(1)
-        for share, side in ((0.0, upper), (1.0, lower)):
-            alike = (total == share * n) & ~empty
-            ends = proportion_confint(share * n_clusters[alike], n_clusters[alike], method="beta")
-            side[alike] = ends[1] if share == 0 else ends[0]
-    mean = np.where(empty, np.nan, sums.sum(1) / np.maximum(n, 1))
-    return pd.DataFrame(
-        {
-            "mean": mean,
-            "lower": np.where(empty, np.nan, lower),
-            "upper": np.where(empty, np.nan, upper),
-            "n": n.astype(int),
-            "n_clusters": n_clusters,
-        }
-    )
 
 
 def batches(problems: Sequence[Problem], size: int) -> Iterator[list[int]]:
@@ -223,7 +170,7 @@ class Detection:
         Columns: rate, lower, upper, chance, lift (rate − chance, paired) with lift_lower and lift_upper, n, n_clusters,
         multi_token (share of the targets). answered: "all", or prompts that the model answered "right" / "wrong".
         """
-        frames = []
+        frames, settings = [], Settings(resamples=resamples, seed=seed)
         groups = {"all": np.ones(len(self.right), bool), "right": self.right, "wrong": ~self.right}
         for answered, chosen in groups.items():
             if not chosen.any() or (answered != "all" and chosen.all()):
@@ -235,8 +182,8 @@ class Detection:
                 chance = np.where(known[..., None], self.chance[i][chosen], np.nan)
                 clusters = [cluster for cluster, use in zip(self.clusters, chosen, strict=True) if use]
                 flat = (len(hits), -1)
-                found = mean_interval(hits.reshape(flat), clusters, resamples, seed, rates=True)
-                both = mean_interval((hits - chance).reshape(flat), clusters, resamples, seed, (-1.0, 1.0))
+                found = mean_intervals(hits.reshape(flat), clusters, settings, rates=True)
+                both = mean_intervals((hits - chance).reshape(flat), clusters, settings, bounds=(-1.0, 1.0))
                 index = pd.MultiIndex.from_product(
                     [self.positions, range(rank.shape[2]), self.targets, range(1, TOP + 1)],
                     names=["latent", "layer", "target", "k"],
@@ -260,7 +207,7 @@ class Detection:
         A spelling of several tokens counts only if all of them are among the k; single_token_spellings says how many
         of the (up to four) spellings are one token: with 0 a family is hardly readable in this vocabulary at all.
         """
-        frames = []
+        frames, settings = [], Settings(resamples=resamples, seed=seed)
         for i, lens in enumerate(self.lenses):
             hits = np.stack([self.word_rank[i] <= k for k in range(1, TOP + 1)], axis=-1).astype(float)
             frame = pd.MultiIndex.from_product(
@@ -268,7 +215,7 @@ class Detection:
                 names=["latent", "layer", "word", "k"],
             ).to_frame(index=False)
             frame.insert(0, "lens", lens)
-            found = mean_interval(hits.reshape(len(hits), -1), self.clusters, resamples, seed, rates=True)
+            found = mean_intervals(hits.reshape(len(hits), -1), self.clusters, settings, rates=True)
             frame["rate"], frame["lower"], frame["upper"] = found["mean"], found["lower"], found["upper"]
             frame["n"], frame["n_clusters"] = found["n"], found["n_clusters"]
             frame["single_token_spellings"] = frame["word"].map(
@@ -284,7 +231,7 @@ class Detection:
             "divergence": (self.divergence, np.inf),
             "number_first": (self.number_first.astype(float), 1.0),
         }
-        frames = []
+        frames, settings = [], Settings(resamples=resamples, seed=seed)
         for measure, (values, highest) in measures.items():
             for i, lens in enumerate(self.lenses):
                 frame = pd.MultiIndex.from_product(
@@ -293,7 +240,7 @@ class Detection:
                 frame.insert(0, "lens", lens)
                 frame.insert(1, "measure", measure)
                 flat = values[i].reshape(len(self.problems), -1).astype(float)
-                found = mean_interval(flat, self.clusters, resamples, seed, (0.0, highest))
+                found = mean_intervals(flat, self.clusters, settings, bounds=(0.0, highest))
                 frames.append(pd.concat([frame, found], axis=1))
         return pd.concat(frames, ignore_index=True)
 
@@ -767,14 +714,14 @@ def transfer_table(
                     store[i, rows, j] = (total / count).numpy()
         advance(len(rows))
     clusters = [problem.cluster or problem.prompt_id for problem in problems]
-    frames = []
+    frames, settings = [], Settings(resamples=resamples, seed=seed)
     for i, lens in enumerate(every):
         layers = [-1, *range(model.n_layers)]
         measured, before, alike = (_with_mean(values) for values in (found[i], found[0], agree[i]))
         frame = pd.MultiIndex.from_product([positions, layers], names=["position", "layer"]).to_frame(index=False)
         frame.insert(0, "lens", lens.name)
-        level = mean_interval(measured, clusters, resamples, seed, (0.0, np.inf))
-        change = mean_interval(measured - before, clusters, resamples, seed, (-np.inf, np.inf))
+        level = mean_intervals(measured, clusters, settings, bounds=(0.0, np.inf))
+        change = mean_intervals(measured - before, clusters, settings, bounds=(-np.inf, np.inf))
         frame["divergence"], frame["lower"], frame["upper"] = level["mean"], level["lower"], level["upper"]
         frame["plain"] = before.mean(axis=0)
         frame["change"], frame["change_lower"], frame["change_upper"] = (

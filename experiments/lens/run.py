@@ -546,7 +546,8 @@ def held_out_table(training: Any, problems: Sequence[Problem], config: Train) ->
     import pandas as pd
     import torch
 
-    from experiments.lens.measures import batches, mean_interval
+    from experiments.lens.measures import batches
+    from experiments.statistics.clusters import Settings, mean_intervals
     from lenses.latent_lens import LatentLens
     from lenses.training import collect_states, divergence_to_output
 
@@ -572,12 +573,12 @@ def held_out_table(training: Any, problems: Sequence[Problem], config: Train) ->
                 if own == position:
                     found[i, rows] = per_prompt(training.lens(name))
     clusters = [problem.cluster or problem.prompt_id for problem in problems]
-    frames = []
+    frames, settings = [], Settings(resamples=config.resamples, seed=config.seed)
     for i, (name, position) in enumerate(wanted):
         before = base[positions.index(position)]
-        level = mean_interval(found[i], clusters, config.resamples, config.seed, (0.0, np.inf))
-        start = mean_interval(before, clusters, config.resamples, config.seed, (0.0, np.inf))
-        change = mean_interval(found[i] - before, clusters, config.resamples, config.seed, (-np.inf, np.inf))
+        level = mean_intervals(found[i], clusters, settings, bounds=(0.0, np.inf))
+        start = mean_intervals(before, clusters, settings, bounds=(0.0, np.inf))
+        change = mean_intervals(found[i] - before, clusters, settings, bounds=(-np.inf, np.inf))
         frames.append(
             pd.DataFrame(
                 {
@@ -753,10 +754,11 @@ def detection_claims(found: Any, resamples: int, seed: int) -> ClaimsTable:
     """
     import numpy as np
 
-    from experiments.lens.measures import TOP, mean_interval
+    from experiments.lens.measures import TOP
+    from experiments.statistics.clusters import Settings, mean_intervals
     from experiments.study.claims import Claim, ClaimsTable, judge
 
-    claims = ClaimsTable()
+    claims, settings = ClaimsTable(), Settings(resamples=resamples, seed=seed)
     latents = [k for k in found.positions if k > 0]
     if not {2, 3, 4, 5} <= set(latents):
         return claims
@@ -784,7 +786,7 @@ def detection_claims(found: Any, resamples: int, seed: int) -> ClaimsTable:
             ),
             ("S1 entropy", "entropy is highest at latents 3 and 5", entropy, (3, 5), "nats"),
         ):
-            table = mean_interval(lead(values, chosen), found.clusters, resamples, seed, (-np.inf, np.inf))
+            table = mean_intervals(lead(values, chosen), found.clusters, settings, bounds=(-np.inf, np.inf))
             row = table.iloc[int(table["mean"].to_numpy().argmin())]  # the strongest of the other latents
             claims.add(
                 Claim(
@@ -1049,7 +1051,8 @@ def causal(config: Causal, model: CodiModel, say: Callable[[str], None]) -> None
     from scipy.stats import spearmanr
 
     from experiments.lens.figures import causal_figure
-    from experiments.lens.measures import causal_effects, mean_interval
+    from experiments.lens.measures import causal_effects
+    from experiments.statistics.clusters import Settings, mean_intervals
     from experiments.tasks.split import load_split
 
     if len(config.read) != 1:
@@ -1081,15 +1084,15 @@ def causal(config: Causal, model: CodiModel, say: Callable[[str], None]) -> None
             answer=("answer", "mean"),
             flipped=("flipped", "mean"),
         )
-        rows = []
+        rows, settings = [], Settings(resamples=config.resamples, seed=config.seed)
         for measure in ("output", "answer", "flipped", "moved"):
             table = effects.assign(value=effects[measure].astype(float)).pivot_table(
                 index=["prompt_id", "cluster"], columns="kind", values="value", aggfunc="mean"
             )
             clusters = table.index.get_level_values("cluster").tolist()
-            level = mean_interval(table.to_numpy(), clusters, config.resamples, config.seed, (0.0, np.inf))
+            level = mean_intervals(table.to_numpy(), clusters, settings, bounds=(0.0, np.inf))
             against = table["lens"].to_numpy()[:, None] - table.to_numpy()
-            gap = mean_interval(against, clusters, config.resamples, config.seed, (-np.inf, np.inf))
+            gap = mean_intervals(against, clusters, settings, bounds=(-np.inf, np.inf))
             for i, kind in enumerate(table.columns):
                 rows.append(
                     {

@@ -4,7 +4,7 @@ A study asks one question in many *conditions*: the same prompts, answered while
 out. Its trial table has one row per prompt, condition and draw, with the columns `condition`, `draw`, `prompt_id`,
 `cluster`, `template`, `operation`, `answer`, `text`, `prediction`, `parsed`, `correct`, and what the study adds. Every
 number comes from that table: `levels` gives a mean with its clustered interval, `compare` a paired difference between
-two conditions with exact and corrected p-values (statistics of experiments/stats.py).
+two conditions with exact and corrected p-values (experiments/statistics).
 
 What it does not know: what is replaced and why. Used by experiments/necessity.py, patch.py, transfer.py, pca.py,
 anchors.py and early_exit.py.
@@ -27,7 +27,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from codi import Intervention, LatentRollout, Prefill
@@ -35,16 +34,11 @@ from codi.branches import BranchAnswers, Branches, EditTable, Timing, decode_bra
 from codi.cache import clone_cache
 from codi.decode import decode_answers
 from codi.rollout import feed, overrides
+from experiments.statistics import effects
+from experiments.statistics.clusters import Settings
+from experiments.statistics.words import interval, markdown, p_text
 from experiments.study.claims import Claim, ClaimsTable, Verdict
 from experiments.study.folder import RunFolder, versions
-from experiments.sweep.cells import (
-    Settings,
-    bootstrap_interval,
-    cluster_weights,
-    max_statistic_p,
-    mcnemar_p,
-    sign_flip_p,
-)
 from experiments.tasks import TASK_NAMES, Problem, extract_answer, is_correct, with_suffix
 from experiments.tasks import templates as template_task
 from experiments.tasks.split import Split, load_split
@@ -671,57 +665,9 @@ def answer_table(
 # --- Statistics -------------------------------------------------------------------------------------------------------
 
 
-def _prompt_means(trials: pd.DataFrame, outcome: str) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """(prompt × condition) mean over draws, cluster code of each prompt, number of clusters."""
-    values = trials.assign(**{outcome: trials[outcome].astype(float)})
-    table = values.groupby(["cluster", "prompt_id", "condition"], observed=True, sort=True)[outcome].mean().unstack()
-    codes, names = pd.factorize(table.index.get_level_values("cluster"), sort=True)
-    return table, codes, len(names)
-
-
-def _cluster_sums(values: np.ndarray, codes: np.ndarray, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """(column, cluster) sums and counts of (prompt, column) values, NaN = not there."""
-    member = np.zeros((n_clusters, len(codes)))
-    member[codes, np.arange(len(codes))] = 1
-    known = ~np.isnan(values)
-    return (member @ np.where(known, values, 0.0)).T, (member @ known.astype(float)).T
-
-
-def _bounds(values: np.ndarray) -> tuple[float, float]:
-    """The whole range of an outcome: of a fraction 0..1, of a difference of fractions -1..1, else what was seen."""
-    low, high = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
-    return min(low, 0.0), max(high, 1.0)
-
-
 def levels(trials: pd.DataFrame, outcome: str = "correct", settings: Settings | None = None) -> pd.DataFrame:
-    """Mean of an outcome in every condition, with its interval.
-
-    Args:
-        trials: with columns condition, prompt_id, cluster and the outcome (bool or number); draws of a prompt are
-            averaged first.
-        outcome: column.
-        settings: resamples, level, seed.
-
-    Returns:
-        One row per condition: condition, n (prompts), n_clusters, mean, lower, upper (95 %, bootstrap over clusters).
-    """
-    settings = settings or Settings()
-    table, codes, n_clusters = _prompt_means(trials, outcome)
-    sums, counts = _cluster_sums(table.to_numpy(float), codes, n_clusters)
-    weights = cluster_weights(n_clusters, settings.resamples, settings.seed)
-    lower, upper = bootstrap_interval(
-        sums, counts, weights=weights, level=settings.level, bounds=_bounds(table.to_numpy(float))
-    )
-    return pd.DataFrame(
-        {
-            "condition": table.columns.astype(str),
-            "n": counts.sum(1).astype(int),
-            "n_clusters": (counts > 0).sum(1),
-            "mean": sums.sum(1) / np.maximum(counts.sum(1), 1),
-            "lower": lower,
-            "upper": upper,
-        }
-    )
+    """Mean of an outcome in every condition that a word names: `effects.levels` by the column condition."""
+    return effects.levels(trials, ["condition"], outcome, settings)
 
 
 def compare(
@@ -730,71 +676,10 @@ def compare(
     outcome: str = "correct",
     settings: Settings | None = None,
 ) -> pd.DataFrame:
-    """Paired differences between conditions, over the prompts that both have; all contrasts are one family.
-
-    Args:
-        trials: as in `levels`.
-        contrasts: (condition, reference) pairs.
-        outcome: column, bool or number.
-        settings: resamples, permutations, level, seed.
-
-    Returns:
-        One row per contrast: condition, reference, n, n_clusters, mean, reference_mean, difference, lower, upper
-        (bootstrap over clusters), gained and lost (prompts above and below the reference), mcnemar_p (prompts taken as
-        independent; NaN if an outcome is no truth value or has several draws), p (sign flips of whole clusters: exact
-        for truth values, else by `permutations` random flips), q (Benjamini-Hochberg over the contrasts), fwer_p
-        (step-down max-statistic over them).
-
-    Raises:
-        ValueError: a condition that the trials do not have, or no prompt in common.
-    """
-    settings = settings or Settings()
-    columns = ["condition", "reference", "n", "n_clusters", "mean", "reference_mean", "difference", "lower", "upper"]
-    columns += ["gained", "lost", "mcnemar_p", "p", "q", "fwer_p"]
-    if not contrasts:
-        return pd.DataFrame({column: [] for column in columns})
-    table, codes, n_clusters = _prompt_means(trials, outcome)
-    for name in {name for pair in contrasts for name in pair}:
-        if name not in table.columns:
-            raise ValueError(f"the trials have no condition {name!r}")
-    pairs = [(table[a].to_numpy(float), table[b].to_numpy(float)) for a, b in contrasts]
-    both = [~np.isnan(a) & ~np.isnan(b) for a, b in pairs]
-    for (a, b), known in zip(contrasts, both, strict=True):
-        if not known.any():
-            raise ValueError(f"conditions {a!r} and {b!r} have no prompt in common")
-    values = np.stack([np.where(known, a - b, np.nan) for (a, b), known in zip(pairs, both, strict=True)], axis=1)
-    sums, counts = _cluster_sums(values, codes, n_clusters)
-    weights = cluster_weights(n_clusters, settings.resamples, settings.seed)
-    largest = max(1.0, float(np.nanmax(np.abs(values))))
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=(-largest, largest))
-    gained, lost = (np.nan_to_num(values) > 1e-12).sum(0), (np.nan_to_num(values) < -1e-12).sum(0)
-    whole = np.array([np.isin(np.abs(column[~np.isnan(column)]), (0.0, 1.0)).all() for column in values.T])
-    p = np.ones(len(contrasts))
-    for i, row in enumerate(sums):
-        if whole[i]:
-            p[i] = sign_flip_p(np.rint(row).astype(int)[None])[0]
-        else:
-            p[i] = max_statistic_p(row[None], permutations=settings.permutations, seed=settings.seed)[0]
-    means = [(float(a[k].mean()), float(b[k].mean())) for (a, b), k in zip(pairs, both, strict=True)]
-    return pd.DataFrame(
-        {
-            "condition": [a for a, _ in contrasts],
-            "reference": [b for _, b in contrasts],
-            "n": counts.sum(1).astype(int),
-            "n_clusters": (counts > 0).sum(1),
-            "mean": [a for a, _ in means],
-            "reference_mean": [b for _, b in means],
-            "difference": sums.sum(1) / counts.sum(1),
-            "lower": lower,
-            "upper": upper,
-            "gained": gained,
-            "lost": lost,
-            "mcnemar_p": np.where(whole, mcnemar_p(gained, lost), np.nan),
-            "p": p,
-            "q": multipletests(p, method="fdr_bh")[1],
-            "fwer_p": max_statistic_p(sums, permutations=settings.permutations, seed=settings.seed),
-        }
-    )[columns]
+    """Paired differences between conditions that a word names: `effects.compare` by the column condition."""
+    chosen = [({"condition": a}, {"condition": b}) for a, b in contrasts]
+    found = effects.compare(trials, chosen, ["condition"], outcome, settings)
+    return found.rename(columns={"reference_condition": "reference"})
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
@@ -802,18 +687,13 @@ def compare(
 
 def row_of(table: pd.DataFrame, condition: str, reference: str | None = None) -> dict[str, Any]:
     """The one row of a table with this condition (and reference)."""
-    found = table[table["condition"] == condition]
-    if reference is not None:
-        found = found[found["reference"] == reference]
-    assert len(found) == 1, f"{condition!r} against {reference!r}: {len(found)} rows"
-    return {str(key): value for key, value in found.iloc[0].items()}
+    chosen = {"condition": condition} | ({} if reference is None else {"reference": reference})
+    return effects.row_of(table, chosen)
 
 
 def rows_of(table: pd.DataFrame, conditions: Sequence[str], **chosen: Any) -> pd.DataFrame:
     """The rows with these conditions, in that order, where the other columns have the chosen values."""
-    for column, value in chosen.items():
-        table = table[table[column] == value]
-    return pd.DataFrame([row_of(table, name) for name in conditions])
+    return effects.rows_of(table, [{"condition": name, **chosen} for name in conditions])
 
 
 def effect_claim(
@@ -838,36 +718,6 @@ def effect_claim(
         int(row["n_clusters"]),
         note,
     )
-
-
-def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: float = 100, digits: int = 1) -> str:
-    """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given."""
-    sign = "+" if name == "difference" else ""
-    numbers = [f"{scale * row[key]:{sign}.{digits}f}" for key in (name, "lower", "upper")]
-    zero = {f"{value:{sign}.{digits}f}" for value in (0.0, -0.0)}
-    numbers = [f"{0:.{digits}f}" if text in zero else text.replace("-", "−") for text in numbers]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
-
-
-def p_text(p: float) -> str:
-    """A p-value for a sentence."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def markdown(table: pd.DataFrame, columns: Mapping[str, str], formats: Mapping[str, str] | None = None) -> str:
-    """Some columns of a table as markdown.
-
-    Args:
-        table: rows.
-        columns: column -> heading.
-        formats: column -> format specification.
-    """
-    formats = formats or {}
-    lines = [f"| {' | '.join(columns.values())} |", "|" + "---|" * len(columns)]
-    for _, row in table.iterrows():
-        cells = [format(row[name], formats[name]) if name in formats else str(row[name]) for name in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

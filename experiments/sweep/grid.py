@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar, get_args
 
+from lm.terms import CONTROLS, PAIR_CONTROLS, PATCH_CONTROLS
 from steering.directions import (
     SPACES,
     Direction,
@@ -32,9 +33,6 @@ from steering.interventions import PARTS, Edit, Part
 from steering.means import ControlDraws, LatentMeans
 
 __all__ = [
-    "CONTROLS",
-    "PAIR_CONTROLS",
-    "PATCH_CONTROLS",
     "TIMINGS",
     "Cell",
     "Condition",
@@ -55,9 +53,6 @@ __all__ = [
 Word = TypeVar("Word", bound=str)
 Timing = Literal["early-exit", "continue", "cached"]
 TIMINGS: tuple[Timing, ...] = get_args(Timing)
-PAIR_CONTROLS = ("random", "covariance", "shuffled")
-PATCH_CONTROLS = ("patch-scalar", "patch-coordinate", "patch-norm")
-CONTROLS = (*PAIR_CONTROLS, *PATCH_CONTROLS)
 _PATCHES = {"patch-scalar": patch_scalar, "patch-coordinate": patch_coordinate, "patch-norm": patch_norm}
 
 Cell = tuple[int, int, float]

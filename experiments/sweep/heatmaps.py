@@ -41,19 +41,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from experiments.statistics.clusters import Settings
 from experiments.study.folder import RunFolder
-from experiments.sweep.cells import (
-    FAMILY,
-    PAIR_CONTROLS,
-    PATCH_CONTROLS,
-    Analysis,
-    Overrides,
-    Settings,
-    analyse,
-    load_trials,
-    settings_of,
-)
+from experiments.sweep.analysis import Analysis, analyse
+from experiments.sweep.pairing import FAMILY
+from experiments.sweep.recompute import Overrides, load_trials, settings_of
 from experiments.sweep.summary import CONTROL_NAMES, family_name, number
+from lm.terms import PAIR_CONTROLS, PATCH_CONTROLS
 
 __all__ = ["FORMATS", "PlotConfig", "View", "draw", "figures", "main", "render", "views"]
 

@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from experiments.study.folder import TRIAL_SCHEMA, RunFolder, versions
 from experiments.sweep.grid import (
-    CONTROLS,
     TIMINGS,
     Condition,
     GridOptions,
@@ -46,6 +45,7 @@ from experiments.sweep.grid import (
 )
 from experiments.tasks import Problem, extract_answer, is_correct
 from experiments.tasks.split import Split, digest, load_split
+from lm.terms import CONTROLS
 from steering.directions import SPACES, Space
 from steering.interventions import PARTS, Part
 
@@ -274,17 +274,19 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
 
 def conclude(folder: RunFolder, config: SweepConfig, say: Callable[[str], None]) -> None:
     """Statistics, figures and the printed summary of a finished trial table."""
-    from experiments.sweep import cells as stats
-    from experiments.sweep import summary as report
+    from experiments.statistics.clusters import Settings
+    from experiments.sweep.analysis import analyse
+    from experiments.sweep.recompute import write
+    from experiments.sweep.summary import summary
 
-    analysis = stats.analyse(folder.trials(), stats.Settings(seed=config.seed))
-    stats.write(analysis, folder.path)
+    analysis = analyse(folder.trials(), Settings(seed=config.seed))
+    write(analysis, folder.path)
     if config.plots:
         from experiments.sweep import heatmaps as plots
 
         say("drawing the figures")
         plots.draw(analysis, folder.path)
-    print(report.summary(analysis, run=folder.path))
+    print(summary(analysis, run=folder.path))
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a run found, in words: a summary in Markdown, plain enough to print.
 
-What it does: `summary` turns the tables of `stats.analyse` into a page: levels of the baseline and of the controls,
+What it does: `summary` turns the tables of `analysis.analyse` into a page: levels of the baseline and of the controls,
 best and worst cells with intervals and corrected p, how many cells survive correction in each direction, per space and
 timing. If nothing survives, it says so.
 
@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.sweep.cells import FAMILY, PAIR_CONTROLS, PATCH_CONTROLS, Analysis
+from experiments.statistics.words import p_number
+from experiments.sweep.analysis import Analysis
+from experiments.sweep.pairing import FAMILY
+from lm.terms import PAIR_CONTROLS, PATCH_CONTROLS
 
-__all__ = ["CONTROL_NAMES", "cell_name", "family_name", "figure_paths", "number", "p_text", "percent", "summary"]
+__all__ = ["CONTROL_NAMES", "cell_name", "family_name", "figure_paths", "number", "percent", "summary"]
 
 #: how the controls are called where a person reads them
 CONTROL_NAMES = {
@@ -43,13 +46,6 @@ def percent(value: float, sign: bool = False) -> str:
     return "0.0" if text.strip("+-") == "0.0" else text.replace("-", "−")
 
 
-def p_text(p: float) -> str:
-    """A p-value in words that fit in a sentence."""
-    if pd.isna(p):
-        return "unknown"
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-").replace("-", "−")
-
-
 def cell_name(cell: pd.Series) -> str:
     """A cell as "A2−B5 · c = +1 · latent 5"."""
     sign = "+" if cell["coefficient"] > 0 else ""
@@ -71,7 +67,7 @@ def summary(analysis: Analysis, run: Path | None = None, *, shown: int = 3) -> s
     """The page for one run.
 
     Args:
-        analysis: from `stats.analyse`.
+        analysis: from `analysis.analyse`.
         run: the run folder, to name the files in it.
         shown: how many of the best and worst cells to name per family.
 
@@ -157,8 +153,8 @@ def _named(cells: pd.DataFrame) -> list[str]:
         text = (
             f"- {cell_name(cell)}: {percent(cell['accuracy'])} %, {percent(cell['difference'], sign=True)} points "
             f"[{percent(cell['lower'], sign=True)}, {percent(cell['upper'], sign=True)}] "
-            f"({cell['gained']} gained, {cell['lost']} lost; q {p_text(cell['q'])}, "
-            f"family-wise p {p_text(cell['fwer_p'])}); "
+            f"({cell['gained']} gained, {cell['lost']} lost; q {p_number(cell['q'])}, "
+            f"family-wise p {p_number(cell['fwer_p'])}); "
         )
         if cell["random_draws"]:
             text += (
@@ -211,7 +207,7 @@ def _structure(analysis: Analysis, space: str, part: str, timing: str) -> list[s
             shares = _of(analysis.variance, space, part, timing)
             shares = shares[shares["coefficient"] == row["coefficient"]].set_index("term")["share"]
             text = f"- Order of the pairs across positions at c = ±{number(row['coefficient'])}: "
-            text += f"Kendall's W {row['kendall_w']:.2f} (p {p_text(row['p'])})"
+            text += f"Kendall's W {row['kendall_w']:.2f} (p {p_number(row['p'])})"
             if len(shares):
                 text += "; variance of the effects: " + ", ".join(
                     f"{term} {100 * shares[term]:.0f} %" for term in ("pair", "position", "interaction", "noise")

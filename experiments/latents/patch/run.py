@@ -35,6 +35,7 @@ from torch import Tensor
 
 from codi import Intervention
 from codi.rope import rotate, unrotate
+from experiments.statistics.clusters import Settings
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
     Bank,
@@ -59,7 +60,6 @@ from experiments.study.shared import (
     stderr,
     think,
 )
-from experiments.sweep.cells import Settings
 from experiments.tasks import Problem
 from experiments.tasks import templates as template_task
 from experiments.tasks.split import Split

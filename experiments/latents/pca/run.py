@@ -36,6 +36,7 @@ from torch import Tensor
 
 from codi.branches import decode_branches
 from codi.decode import decode_answers, default_new_tokens
+from experiments.statistics.clusters import Settings, cluster_sums, interval_of
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
     PALETTE,
@@ -58,7 +59,7 @@ from experiments.study.shared import (
     stderr,
     think,
 )
-from experiments.sweep.cells import Settings, cell_statistics, cluster_weights
+from experiments.sweep.cells import cell_statistics
 from experiments.sweep.grid import GridOptions, conditions, directions
 from experiments.sweep.grid import Timing as GridTiming
 from experiments.sweep.run import collect_means, run_part
@@ -201,6 +202,44 @@ def parity_share(scores: np.ndarray, groups: Sequence[int]) -> float:
     return float(between / total) if total > 0 else 0.0
 
 
+def _parity_interval(
+    scores: np.ndarray, divisions: Sequence[tuple[int, ...]], clusters: np.ndarray, settings: Settings
+) -> tuple[float, float]:
+    """Interval of the lead of the first division: its `parity_share` minus the largest of the others.
+
+    Args:
+        scores: (prompt, latent, component).
+        divisions: first groups of latents (1-based); the others are the second groups.
+        clusters: (prompt,) number of each prompt's cluster.
+        settings: resamples, level, seed.
+    """
+    if len(divisions) < 2:
+        return np.nan, np.nan
+    n_prompts, n, components = scores.shape
+    centred = scores - scores.mean((0, 1))
+    member = np.array([np.isin(np.arange(1, n + 1), group) for group in divisions], float)  # division, latent
+    columns = np.column_stack([centred.reshape(n_prompts, -1), (centred**2).sum((1, 2)), np.ones(n_prompts)])
+
+    def lead(sums: np.ndarray) -> np.ndarray:
+        prompts = sums[:, -1]
+        means = sums[:, :-2].reshape(-1, n, components) / prompts[:, None, None]
+        grand = means.mean(1, keepdims=True)
+        total = sums[:, -2] - prompts * n * (grand**2).sum((1, 2))
+        between = np.zeros((len(sums), len(member)))
+        for side in (member, 1 - member):
+            size = side.sum(1)  # division
+            apart = np.einsum("dk,rkc->rdc", side, means) / size[:, None] - grand
+            between += prompts[:, None] * size * (apart**2).sum(-1)
+        share = np.where(total[:, None] > 0, between / total[:, None], 0.0)
+        return share[:, 0] - share[:, 1:].max(1)
+
+    sums, _ = cluster_sums(columns, clusters, int(clusters.max()) + 1)
+    _, low, high = interval_of(
+        lead, sums, weights=settings.weights(sums.shape[1]), n_clusters=sums.shape[1], level=settings.level
+    )
+    return float(low[0]), float(high[0])
+
+
 def _divisions(n: int) -> list[tuple[int, ...]]:
     """Ways to divide latents 1..n into two groups of (nearly) equal size, each once; odd against even first."""
     half = n // 2
@@ -256,14 +295,7 @@ def component_tables(
         scores = pooled.scores(held_out[name], 2).numpy()
         divisions = _divisions(n)
         shares = np.array([parity_share(scores, group) for group in divisions])
-        resampled = []
-        weights = cluster_weights(int(cluster.max()) + 1, min(config.resamples, 300), config.seed)
-        for weight in weights:
-            rows = np.repeat(np.arange(len(scores)), weight[cluster].astype(int))
-            if len(rows):
-                again = [parity_share(scores[rows], group) for group in divisions]
-                resampled.append(again[0] - max(again[1:]) if len(again) > 1 else np.nan)
-        low, high = np.quantile(resampled, [0.025, 0.975])
+        low, high = _parity_interval(scores, divisions, cluster, config.settings)
         parity.append(
             {"quantity": name, "share": shares[0], "best_other": shares[1:].max(initial=0.0),
              "difference": shares[0] - shares[1:].max(initial=0.0), "lower": low, "upper": high,
