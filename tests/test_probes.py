@@ -1,4 +1,4 @@
-"""The command `codi probes`: states are those of the rollout, labels are shuffled by group, table and figure are there."""
+"""The command `codi probes`: states are those of the rollout, labels are shuffled by group, a table is written."""
 
 from __future__ import annotations
 

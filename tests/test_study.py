@@ -1,4 +1,4 @@
-"""What the studies share: paired tables keep their level and find a planted effect; forced answers; row-wise edits."""
+"""What the studies share: forced answers, divergence, row-wise edits, judged rows, parts of a run, prompts."""
 
 from __future__ import annotations
 
@@ -12,68 +12,18 @@ from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
 from codi.decode import decode_answers
-from experiments.statistics.clusters import Settings
 from experiments.study.shared import (
     ReplaceRows,
     StudyOptions,
     answer_rows,
     answer_table,
-    compare,
     divergence,
     forced,
-    levels,
     load_prompts,
     open_study,
     replace_embeddings,
     think,
 )
-
-QUICK = Settings(resamples=200, permutations=200)
-
-
-def paired(rng: np.random.Generator, effect: float, clusters: int = 30, size: int = 4) -> pd.DataFrame:
-    """Trials of "edited" and "none": whole clusters tend to flip together, up or down alike but for `effect`."""
-    rows = []
-    for cluster in range(clusters):
-        up = rng.random() < 0.5 + effect / 2
-        for prompt in range(size):
-            before = rng.random() < 0.5
-            after = up if rng.random() < 0.4 else before
-            for name, right in (("none", before), ("edited", after)):
-                rows.append({"condition": name, "cluster": f"c{cluster}", "prompt_id": f"{cluster}-{prompt}",
-                             "correct": right})  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def test_compare_holds_its_level_and_finds_an_effect() -> None:
-    rng = np.random.default_rng(0)
-    p = [compare(paired(rng, 0.0), [("edited", "none")], settings=QUICK)["p"][0] for _ in range(200)]
-    assert np.mean(np.array(p) < 0.05) < 0.09
-    row = compare(paired(rng, 0.9), [("edited", "none")], settings=QUICK).iloc[0]
-    assert row["p"] < 0.01 and row["lower"] > 0 and row["gained"] > row["lost"]
-
-
-def test_compare_by_hand() -> None:
-    """Four prompts in four clusters, three gained, none lost: exact p = 2/8."""
-    rows = []
-    for i, (before, after) in enumerate(((0, 1), (0, 1), (0, 1), (1, 1))):
-        for name, right in (("none", before), ("edited", after)):
-            rows.append({"condition": name, "cluster": f"c{i}", "prompt_id": f"p{i}", "correct": right})
-    row = compare(pd.DataFrame(rows).astype({"correct": bool}), [("edited", "none")], settings=QUICK).iloc[0]
-    assert (row["difference"], row["gained"], row["lost"]) == (0.75, 3, 0)
-    assert row["p"] == row["mcnemar_p"] == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="no condition 'other'"):
-        compare(pd.DataFrame(rows), [("other", "none")])
-
-
-def test_draws_are_averaged_before_they_are_compared() -> None:
-    """Ten copies of one prompt's draw are not ten prompts."""
-    rows = [{"condition": "none", "cluster": f"c{i}", "prompt_id": f"p{i}", "correct": True} for i in range(3)]
-    rows += [{"condition": "edited", "cluster": f"c{i}", "prompt_id": f"p{i}", "correct": d % 2 == 0}
-             for i in range(3) for d in range(10)]  # fmt: skip
-    row = compare(pd.DataFrame(rows), [("edited", "none")], settings=QUICK).iloc[0]
-    assert row["n"] == 3 and row["difference"] == -0.5 and np.isnan(row["mcnemar_p"]) and row["p"] > 0.2
-    assert levels(pd.DataFrame(rows), settings=QUICK).set_index("condition").loc["edited", "mean"] == 0.5
 
 
 def test_forced_answers_are_the_greedy_ones(codi_model: CodiModel, questions: list[str]) -> None:
