@@ -47,6 +47,18 @@ def test_calibration_by_hand() -> None:
     assert bins["n"].tolist() == [2, 2] and bins["accuracy"].tolist() == [0, 0.5]
 
 
+def test_interval_of_the_calibration_error_is_over_clusters() -> None:
+    rng = np.random.default_rng(0)
+    sure = rng.random(30)
+    table = trials((rng.random((30, 1)) < 0.5).astype(int).tolist(), sure[:, None].tolist())
+    wide = calibration(table.assign(cluster=[f"c{i // 6}" for i in range(30)]), Settings(resamples=400))[0].iloc[0]
+    narrow = calibration(table, Settings(resamples=400))[0].iloc[0]
+    assert (narrow["n_clusters"], wide["n_clusters"]) == (30, 5) and narrow["ece"] == pytest.approx(wide["ece"])
+    assert 0 <= narrow["ece_lower"] < narrow["ece_upper"] <= 1
+    alone = calibration(table.assign(cluster="c"), Settings(resamples=400))[0].iloc[0]
+    assert (alone["ece_lower"], alone["ece_upper"]) == (0, 1)  # one cluster says nothing about spread
+
+
 def test_threshold_comes_from_the_derivation_prompts() -> None:
     good = trials([[0, 1, 1], [1, 1, 1], [0, 0, 1]], [[0.2, 0.8, 0.9], [0.8, 0.9, 0.9], [0.1, 0.4, 0.9]])
     threshold = chosen_threshold(good, 0.0)

@@ -10,7 +10,8 @@ import torch
 from planted import planted_model, planted_split
 from sklearn.decomposition import PCA
 
-from experiments.latents.pca.run import Config, parity_share, principal_components, run
+from experiments.latents.pca.run import Config, _parity_interval, parity_share, principal_components, run
+from experiments.statistics.clusters import Settings, expanded_percentile
 
 
 @pytest.mark.parametrize("rows, features", [(40, 7), (6, 30)])
@@ -28,6 +29,22 @@ def test_parity_share_by_hand() -> None:
     assert parity_share(scores, (1, 3, 5)) == pytest.approx(1)
     assert parity_share(scores, (1, 2, 3)) == pytest.approx(1 / 9)
     assert parity_share(np.ones((5, 6, 2)), (1, 3, 5)) == 0
+
+
+def test_interval_of_the_parity_lead_is_that_of_prompts_drawn_again() -> None:
+    """By sums over clusters, against putting the prompts of every drawn cluster together; clusters of unequal size."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(8), [3, 1, 2, 5, 2, 4, 1, 2])
+    scores = rng.normal(size=(20, 4, 2)) + np.array([0.5, -0.5, 0.5, -0.5])[None, :, None] + clusters[:, None, None] / 4
+    divisions, settings = [(1, 3), (1, 2), (1, 4)], Settings(resamples=150)
+    again = []
+    for weight in settings.weights(8).astype(int):
+        rows = np.repeat(np.arange(20), weight[clusters])
+        shares = [parity_share(scores[rows], group) for group in divisions]
+        again.append(shares[0] - max(shares[1:]))
+    expected = expanded_percentile(np.array(again)[:, None], 8)
+    np.testing.assert_allclose(_parity_interval(scores, divisions, clusters, settings), np.ravel(expected), atol=1e-12)
+    assert np.isnan(_parity_interval(scores[:, :1], [()], clusters, settings)).all()
 
 
 def test_study_on_a_planted_model(tmp_path: Path) -> None:

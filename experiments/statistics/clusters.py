@@ -127,11 +127,12 @@ def cluster_sums(values: np.ndarray, codes: np.ndarray, n_clusters: int) -> tupl
         raise ValueError(f"values must be ({len(codes)} prompts, column), got {values.shape}")
     known = ~np.isnan(values)
     columns = values.shape[1]
-    place = (np.asarray(codes)[:, None] + n_clusters * np.arange(columns)).ravel()
+    place = (np.asarray(codes)[:, None] * columns + np.arange(columns)).ravel()
     size = columns * n_clusters
     sums = np.bincount(place, weights=np.where(known, values, 0.0).ravel(), minlength=size)
     counts = np.bincount(place, weights=known.ravel(), minlength=size)
-    return sums.reshape(columns, n_clusters), counts.reshape(columns, n_clusters)
+    # columns lie side by side in memory: sums over clusters go cluster by cluster, the same for one column or many
+    return sums.reshape(n_clusters, columns).T, counts.reshape(n_clusters, columns).T
 
 
 # --- The rule ---------------------------------------------------------------------------------------------------------
@@ -186,6 +187,7 @@ def interval_of(
     """
     if sums.ndim != 2 or sums.shape[1] != weights.shape[1]:
         raise ValueError(f"sums {sums.shape} and weights {weights.shape} do not fit")
+    sums = np.ascontiguousarray(sums)  # numpy adds along memory: the same sum, to the last digit, for every caller
     with np.errstate(divide="ignore", invalid="ignore"):
         plain = np.asarray(function(sums.sum(1)[None]))
         resampled = np.asarray(function(weights @ sums.T))
@@ -302,7 +304,7 @@ def mean_intervals(
     """
     settings = settings or Settings()
     codes, names = cluster_codes(clusters)
-    sums, counts = cluster_sums(values, codes, len(names))
+    sums, counts = (np.ascontiguousarray(table) for table in cluster_sums(values, codes, len(names)))
     weights = settings.weights(len(names))
     lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=bounds)
     n = counts.sum(1)
