@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from experiments import statistics
 from experiments.statistics.clusters import (
     Settings,
     accuracy_interval,
@@ -153,3 +158,17 @@ def test_a_resample_without_data_and_a_single_cluster_say_nothing() -> None:
                 lambda t: t[:, 0] / t[:, 1], sums, weights=weights, n_clusters=n_clusters, bounds=(0.0, 1.0)
             )
             assert [lower[0], upper[0]] == expected and mean[0] == 0.75
+
+
+def test_the_room_knows_no_files_no_models_and_no_study() -> None:
+    room = Path(statistics.__file__).parent
+    modules = sorted(path.stem for path in room.glob("*.py") if path.stem != "__init__")
+    for name in modules:
+        tree = ast.parse((room / f"{name}.py").read_text(encoding="utf-8"))
+        found = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        found += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        inside = [module for module in found if module.split(".")[0] in ("experiments", "codi", "steering", "lenses")]
+        assert all(module.startswith("experiments.statistics") for module in inside), (name, inside)
+        assert not {"pathlib", "json", "os", "io"} & set(found), name
+    code = "import sys; " + "; ".join(f"import experiments.statistics.{name}" for name in modules)
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)

@@ -97,7 +97,8 @@ def test_typed_columns_and_words_give_the_same_numbers(outcome: str) -> None:
     names = [kind if kind == "none" else f"{kind} {latent}" for kind, latent in labels]
     np.testing.assert_array_equal(typed[NUMBERS].to_numpy(), words.loc[names, NUMBERS].to_numpy())
 
-    contrasts = [({"kind": kind, "latent": k}, {"kind": "none"}) for kind in ("other", "mean") for k in (2, 3, 1)]
+    none: dict[str, object] = {"kind": "none"}
+    contrasts = [({"kind": kind, "latent": k}, none) for kind in ("other", "mean") for k in (2, 3, 1)]
     contrasts += [({"kind": "mean", "latent": 1}, {"kind": "other", "latent": 1})]
     found = compare(trials, contrasts, ["kind", "latent"], outcome, QUICK)
     pairs = [(f"{kind} {k}", "none") for kind in ("other", "mean") for k in (2, 3, 1)] + [("mean 1", "other 1")]

@@ -115,9 +115,7 @@ def levels(
     found = _Conditions(trials, by, outcome)
     sums, counts = cluster_sums(found.values, found.codes, len(found.clusters))
     weights = settings.weights(len(found.clusters))
-    lower, upper = bootstrap_interval(
-        sums, counts, weights=weights, level=settings.level, bounds=_bounds(found.values)
-    )
+    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=_bounds(found.values))
     return found.keys.assign(
         n=counts.sum(1).astype(int),
         n_clusters=(counts > 0).sum(1),
@@ -223,8 +221,6 @@ def row_of(table: pd.DataFrame, condition: Selector, reference: Selector | None 
     return {str(key): value for key, value in table[here].iloc[0].items()}
 
 
-def rows_of(
-    table: pd.DataFrame, conditions: Sequence[Selector], reference: Selector | None = None
-) -> pd.DataFrame:
+def rows_of(table: pd.DataFrame, conditions: Sequence[Selector], reference: Selector | None = None) -> pd.DataFrame:
     """The rows with these values, one per selector, in that order; see `row_of`."""
     return pd.DataFrame([row_of(table, condition, reference) for condition in conditions])

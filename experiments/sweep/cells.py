@@ -241,7 +241,7 @@ def _baseline_records(family: Family, weights: np.ndarray, settings: Settings) -
                 "n_clusters": int((counts > 0).sum()),
                 "unparsed": np.nan,
                 "applied_norm": 0.0,
-            }  
+            }
         )
     return records
 
