@@ -176,7 +176,12 @@ def block_maxima(extreme: np.ndarray, blocks: np.ndarray | None = None) -> np.nd
 
 def _p_of(threshold: float, maxima: np.ndarray) -> float:
     """Probability that a random member of each block reaches the threshold in any block."""
-    return float(1 - np.prod(1 - (maxima >= threshold - _TIE).mean(1)))
+    return _exactly(1 - np.prod(1 - (maxima >= threshold - _TIE).mean(1)))
+
+
+def _exactly(p: float) -> float:
+    """Without the last digits: 1 - 19 / 20 must not exceed 0.05."""
+    return round(float(p), 12)
 
 
 def _step_down(extreme: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -267,7 +272,7 @@ def _own_p(threshold: float, maxima: np.ndarray) -> float:
     share = ((maxima[:, 1:] >= threshold - _TIE).sum(1)) / maxima.shape[1]
     none = np.prod(1 - share)
     with_own = none / (1 - share) * (1 - share - 1 / maxima.shape[1])
-    return float(1 - with_own.min())
+    return _exactly(1 - with_own.min())
 
 
 def null_counts(
@@ -400,16 +405,18 @@ def distinct_edits(
 ) -> DistinctEdits:
     """How many different effects are behind some cells, by the prompts that they flip.
 
-    Two cells are the same effect if their flips overlap more than those of two unrelated random edits do: the
-    threshold is the `quantile` of the Jaccard overlap between null cells of different vectors, among null cells with at
-    least half as many flips as the smallest of the given cells (small sets overlap by chance in other ways than large
-    ones). Easy prompts flip together under any edit; this is what the null overlap measures.
+    Two cells are the same effect if their flips overlap more than those of two unrelated random edits usually do: the
+    threshold is the `quantile` of the Jaccard overlap between null cells of different vectors, among null cells with
+    at least half the flips of the smallest given cell and at most twice those of the largest (overlap grows with
+    size). Easy prompts flip together under any edit; this is what the null overlap measures. With average linkage a
+    cell joins a group if its mean overlap with the group is above the threshold, so that chance overlaps do not chain.
 
     Args:
         flips: (cell, prompt) bool, the cells to group.
         null_flips: (null cell, prompt) bool, of random draws.
         null_edits: (null cell,) which vector it was; only different ones are compared.
         method: "average": average linkage; "components": single overlaps above the threshold connect.
+        quantile: of the overlap between unrelated edits.
         most: null cells used at most, a seeded choice.
 
     Raises:
@@ -423,7 +430,8 @@ def distinct_edits(
                          f"{null.shape} and {len(edits)} null_edits")  # fmt: skip
     if not len(cells):
         return DistinctEdits(np.empty(0, int), 0, np.nan, 0)
-    alike = np.flatnonzero(null.sum(1) >= max(1.0, cells.sum(1).min() / 2))
+    sizes, own = null.sum(1), cells.sum(1)
+    alike = np.flatnonzero((sizes >= max(1.0, own.min() / 2)) & (sizes <= 2 * own.max()))
     if len(alike) > most:
         alike = np.sort(np.random.default_rng([seed, 5]).choice(alike, most, replace=False))
     unrelated = np.triu(edits[alike][:, None] != edits[alike][None], 1)

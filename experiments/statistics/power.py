@@ -5,8 +5,9 @@
 
     against the baseline   exact sign test on clusters, one-sided, Bonferroni over the cells of the tail (what
                            Benjamini-Hochberg asks of a single cell): the smallest g with
-                           P(Binomial(g + b, 1/2) >= g) <= alpha / tests, where b clusters flip the other way (0: the best case). It cannot be more than the
-                           clusters that are wrong (for a gain) or right (for a harm) before the edit.
+                           P(Binomial(g + b, 1/2) >= g) <= alpha / tests, where b clusters flip the other way (0: the
+                           best case). It cannot be more than the clusters that are wrong (for a gain) or right (for a
+                           harm) before the edit.
     against the draws      the maximum rule of `calibration`: the smallest accuracy whose extreme has p <= alpha. With D
                            draws p is never below 1 / (1 + D): if that is above alpha, nothing can survive.
     both                   the harder of the two, cell by cell.
@@ -188,11 +189,11 @@ def detectable(
         apart: the maximum is taken within each group (`groups` of `maximum_p`).
 
     Returns:
-        One row per group and tail: group, tail ("gain", "harm"), cells, draws, least_p (1 / (1 + D), times the groups if
-        apart), can_survive,
-        baseline_clusters (NaN: impossible), baseline_points, draws_points, both_points (median over cells of the
-        difference from the baseline that is needed; fractions, negative for harm; NaN where most cells cannot),
-        both_least (easiest cell), passes (share of cells in which every answer right, or wrong, would pass both).
+        One row per group and tail: group, tail ("gain", "harm"), cells, draws, least_p (1 / (1 + D), times the groups
+        if apart), can_survive, baseline_clusters (NaN: impossible), baseline_points, draws_points, both_points (median
+        over cells of the difference from the baseline that is needed; fractions, negative for harm; NaN where most
+        cells cannot), both_least (easiest cell), passes (share of cells in which an edit that made every answer right,
+        or wrong, would pass both).
     """
     values, groups = np.asarray(values, float), np.asarray(groups)
     draws = values.shape[1] - 1
