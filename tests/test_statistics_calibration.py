@@ -130,10 +130,12 @@ def test_members_and_paired_excess_by_hand() -> None:
 def test_an_extreme_is_the_distance_from_the_others_in_their_own_spread() -> None:
     values = np.array([[0.1, 0.6, 0.7, 0.8]])
     found = extremes(values, 1e-6, "harm", prior_df=0.0)[0]
-    for i, others in enumerate((np.delete(values[0], j) for j in range(4))):
+    for i, others in enumerate(np.delete(values[0], j) for j in range(4)):
         expected = (others.mean() - values[0, i]) / (others.std(ddof=1) * np.sqrt(1 + 1 / 3))
         assert found[i] == pytest.approx(expected)
-    np.testing.assert_allclose(extremes(values, 1e-6, "gain", prior_df=0.0), -extremes(values, 1e-6, "harm", prior_df=0.0))
+    np.testing.assert_allclose(
+        extremes(values, 1e-6, "gain", prior_df=0.0), -extremes(values, 1e-6, "harm", prior_df=0.0)
+    )
     flat = extremes(np.full((1, 4), 0.5), 0.01, "harm")
     np.testing.assert_allclose(flat, 0.0)  # nothing moved: no member is extreme
 

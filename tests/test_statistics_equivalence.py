@@ -44,7 +44,11 @@ def test_no_verdict_by_an_interval_without_width_or_on_a_ceiling() -> None:
     assert judge_absence(-0.01, 0.01, 0.05, mark="ceiling").verdict == "not testable"
     marked = judge_presence(0.95, 0.999, above=0.9, mark="ceiling")
     assert marked.verdict == "held" and marked.words == "held (rests on a ceiling)"
-    for wrong in (lambda: judge_absence(0, 1, 0.0), lambda: judge_presence(0, 1), lambda: judge_presence(1, 0, above=0)):
+    for wrong in (
+        lambda: judge_absence(0, 1, 0.0),
+        lambda: judge_presence(0, 1),
+        lambda: judge_presence(1, 0, above=0),
+    ):
         with pytest.raises(ValueError):
             wrong()
 

@@ -59,14 +59,14 @@ def test_the_rule_passes_at_the_threshold_and_not_one_prompt_before(tail: str, g
 
 def test_table_says_per_size_what_could_be_found_and_that_three_draws_find_nothing() -> None:
     table = detectable(accuracies(79), design(), SIZES, strata=STRATA, blocks=BLOCKS, apart=True)
-    gain = table[table["tail"] == "gain"].set_index("group")
-    assert gain.loc[0.5, "both_points"] == pytest.approx(max(gain.loc[0.5, "baseline_points"],
-                                                             gain.loc[0.5, "draws_points"]))  # fmt: skip
-    assert gain.loc[0.5, "baseline_points"] == pytest.approx(0.09)  # 0.5 ** 9 = 0.00195 <= 0.05 / 24 = 0.00208
-    assert gain.loc[0.5, "passes"] == 1 and gain.loc[0.5, "can_survive"]
-    harm = table[table["tail"] == "harm"].set_index("group")
-    assert harm.loc[0.5, "both_points"] < 0 and harm.loc[2.0, "passes"] < harm.loc[0.5, "passes"]  # draws do much
-    assert "could be found: +9.0 points" in power_words(gain.loc[0.5])
+    gain = {row["group"]: row for row in table[table["tail"] == "gain"].to_dict("records")}
+    assert gain[0.5]["both_points"] == pytest.approx(max(gain[0.5]["baseline_points"],
+                                                             gain[0.5]["draws_points"]))  # fmt: skip
+    assert gain[0.5]["baseline_points"] == pytest.approx(0.09)  # 0.5 ** 9 = 0.00195 <= 0.05 / 24 = 0.00208
+    assert gain[0.5]["passes"] == 1 and gain[0.5]["can_survive"]
+    harm = {row["group"]: row for row in table[table["tail"] == "harm"].to_dict("records")}
+    assert harm[0.5]["both_points"] < 0 and harm[2.0]["passes"] < harm[0.5]["passes"]  # draws do much
+    assert "could be found: +9.0 points" in power_words(gain[0.5])
 
     few = detectable(accuracies(3), design(), SIZES, strata=STRATA, blocks=BLOCKS)
     assert not few["can_survive"].any() and (few["passes"] == 0).all()

@@ -3,9 +3,11 @@
 Contrast. The regression coefficient of "latent is even" beside a constant and a linear trend in k: a straight line
 gives 0, values that alternate by +-d/2 give d. `Profile.predicted` is the sign that the hypothesis gives it.
 
-Pooled. Measures of one model are correlated, so they do not vote. Each is centred per prompt, scaled by its spread and
-turned to its predicted sign; their mean is one measure, and it alone decides. Its smallest size that matters follows
-from theirs: the pooled contrast of measures that all have exactly their smallest, mean(smallest / spread).
+Pooled. Measures of one model are correlated, so they do not vote. Each is centred per prompt, divided by its spread (or
+by its smallest size where that is larger, so that a flat measure is not blown up) and turned to its predicted sign;
+their mean is one measure, and it alone decides. Its smallest size that matters is given by the caller (such as the
+spread between equivalent prompts, `sizes.between_forms`, of the pooled contrast), or else the smallest one of its
+measures in the same units, min(smallest / scale): what the least demanding measure would count.
 
 Intervals of all contrasts, the pooled one among them, hold together (max-t over cluster resamples; `equivalence`).
 
@@ -28,6 +30,7 @@ undecided; not testable. So "contradicted" needs a pooled contrast below a state
 in >= 95 % of resamples, and many weak measures cannot contradict what their mean leaves open.
 
 Phase-free: `phase_free` says whether even and odd latents differ in either sign, by the same interval.
+Limit: splits are into halves, so latents 3 and 5 alone being high counts as "odd latents are" (no half is nearer).
 Level against arbitrary fixed profiles of six latents: even/odd is first by chance once in ten, in the predicted sign
 once in twenty; no test on six latents can be lower.
 
@@ -154,30 +157,32 @@ def explained(profiles: np.ndarray) -> np.ndarray:
     return (coefficients**2).sum(-1) / (weights**2).sum(1)
 
 
-def pooled(profiles: Sequence[Profile]) -> Profile | None:
+def pooled(profiles: Sequence[Profile], smallest: float | None = None) -> Profile | None:
     """The mean of several measures as one: centred per prompt, in units of each measure's spread, predicted sign +1.
 
     Args:
         profiles: testable ones, over the same prompts; a prompt enters with the measures that it has.
+        smallest: size that matters, in these units; None: see the top of the module.
 
     Returns:
         A measure in standard deviations; None if none of the profiles varies.
     """
-    scaled, smallest = [], []
+    scaled, sizes = [], []
     for profile in profiles:
         line = profile.predicted * profile.along()
         line = line - line.mean(1, keepdims=True)
         spread = float(np.sqrt(np.nanmean(line**2)))
         if spread > 0:
-            scaled.append(line / spread)
-            smallest.append(profile.smallest / spread)
+            scale = max(spread, profile.smallest)
+            scaled.append(line / scale)
+            sizes.append(profile.smallest / scale)
     if not scaled:
         return None
     stacked = np.stack(scaled)
     known = np.isfinite(stacked)
     total = np.where(known, stacked, 0.0).sum(0)
     values = np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
-    return Profile(POOLED, values, 1, float(np.mean(smallest)))
+    return Profile(POOLED, values, 1, min(sizes) if smallest is None else smallest)
 
 
 # --- The rule ---------------------------------------------------------------------------------------------------------
@@ -281,6 +286,7 @@ def alternation(
     settings: Settings | None = None,
     *,
     least_measures: int = 1,
+    pooled_smallest: float | None = None,
 ) -> pd.DataFrame:
     """Every measure and the pooled one, with contrasts, splits, answers and verdicts.
 
@@ -289,6 +295,7 @@ def alternation(
         clusters: (prompt,).
         settings: resamples, level, alpha, seed.
         least_measures: testable measures that the pooled answer needs.
+        pooled_smallest: size that matters of the pooled contrast, in standard deviations; None: from the measures.
 
     Returns:
         One row per measure and, last, one named "pooled": measure, predicted ("even" or "odd"), contrast, lower, upper
@@ -313,7 +320,7 @@ def alternation(
     ]  # fmt: skip
     reasons = [_untestable(profile, result) for profile, result in zip(profiles, found, strict=True)]
     usable = [profile for profile, reason in zip(profiles, reasons, strict=True) if not reason]
-    together = pooled(usable) if len(usable) >= least_measures else None
+    together = pooled(usable, pooled_smallest) if len(usable) >= least_measures else None
     everything = list(profiles)
     everything.append(together if together is not None else Profile(POOLED, None, 1, float("nan")))
     found.append(None if together is None else _resample(together, codes, weights, settings.level))

@@ -25,6 +25,9 @@ is draw j playing the direction in every block.
     distinct_edits  cells whose flipped prompts overlap more than those of unrelated random edits are one effect.
     gains_and_losses  against the baseline: separate Benjamini-Hochberg families for gains and for losses.
 
+In a sweep +c and -c of a pair meet the same draws. For the maximum, pair x sign is the block. For the aggregate, whose
+spread grows if +c and -c go together, the pair is the block: this takes them to be as alike as can be (conservative).
+
 Tails are one-sided and each has level alpha: "is anything harmed beyond chance" and "is anything improved" are two
 questions. Limits: directions of different pairs share latents and are not independent of each other, which the draws
 are; the maximum is little affected (its p is within rounding of the union bound, which needs no independence), the
