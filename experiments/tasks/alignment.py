@@ -155,7 +155,8 @@ def check_aligned(clean: Encoded, other: Encoded, changed: Sequence[tuple[Span, 
         here, there = clean.positions(before), other.positions(after)
         if here != there:
             words = f"{clean.text[slice(*before)]!r} and {other.text[slice(*after)]!r}"
-            raise ValueError(f"{words} stand at tokens {here.start}..{here.stop - 1} and {there.start}..{there.stop - 1}")
+            tokens = f"{here.start}..{here.stop - 1} and {there.start}..{there.stop - 1}"
+            raise ValueError(f"{words} stand at tokens {tokens}")
         inside.update(here)
     for position, (a, b) in enumerate(zip(clean.ids, other.ids, strict=True)):
         if a != b and position not in inside:

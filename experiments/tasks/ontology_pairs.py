@@ -122,12 +122,12 @@ def pairs_of(statements: Sequence[Sentence], rng: random.Random) -> tuple[WordPa
     spans: list[tuple[tuple[int, int], tuple[int, int]]] = []
     at = 0
     for statement in statements:
-        first = surface(statement.subject, statement.plural, capital=True)
-        second = surface(statement.object, statement.plural)
+        left = surface(statement.subject, statement.plural, capital=True)
+        right = surface(statement.object, statement.plural)
         text = sentence_text(statement)
         begin = at + 1
         end = begin + len(text) - 1
-        spans.append(((begin, begin + len(first)), (end - len(second), end)))
+        spans.append(((begin, begin + len(left)), (end - len(right), end)))
         at = begin + len(text)
     stated = {(s.subject, s.object) for s in statements} | {(s.object, s.subject) for s in statements}
     pairs: list[WordPair] = []

@@ -23,7 +23,7 @@ Knows nothing about tokens (see experiments/tasks/alignment.py) or models.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -135,7 +135,7 @@ class OntologyItem:
 
     @property
     def answer(self) -> str:
-        """"True" or "False"."""
+        """Written answer, "True" or "False"."""
         return str(self.ontology.answer)
 
     @property
@@ -310,7 +310,7 @@ def generate(
     return items
 
 
-def _taken(ontology: Ontology, lexicon: Lexicon) -> Iterable[Word]:
+def _taken(ontology: Ontology, lexicon: Lexicon) -> list[Word]:
     """Words that demonstrations leave out: those of the question (with small lexicons, its properties may recur)."""
     scarce = len(lexicon.families) < 8
     return [word for word in ontology.words if not (scarce and word.kind == "property")]

@@ -46,8 +46,8 @@ class Lexicon:
         return tuple(word for family in self.families for word in family)
 
     def family_of(self, word: str) -> tuple[str, ...]:
-        """The family of a property."""
-        return next(family for family in self.families if word in family)
+        """The family of a property; every property for a word that has none here."""
+        return next((family for family in self.families if word in family), self.properties)
 
     def may_be(self, concept: str, other: str) -> bool:
         """Whether "CONCEPT is OTHER" (concept or property) is allowed in an ontology: always for invented words, only
@@ -215,4 +215,4 @@ def _alike(words: Sequence[str], forms: Mapping[str, list[list[int]]]) -> tuple[
         if not firsts & seen[counts]:
             seen[counts] |= firsts
             groups[counts].append(word)
-    return tuple(max(groups.values(), key=len, default=[]))
+    return tuple(sorted(groups.values(), key=len)[-1]) if groups else ()

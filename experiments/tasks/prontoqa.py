@@ -104,18 +104,18 @@ def _nouns(parts: Sequence[re.Match[str]]) -> dict[tuple[str, bool], str]:
     singular: set[str] = set()
     plural: set[str] = set()
     small = {part["object"].lower() for part in parts} | {p["subject"] for p in parts if p["subject"].islower()}
+    many = {part["subject"].lower() for part in parts if part["verb"] == "are"}
     for part in parts:
         subject = part["subject"].lower()
         if part["verb"] == "are":
             plural.add(subject)
-        elif subject in small:
+        elif subject in small or plural_of(subject) in small | many:
             singular.add(subject)
     stems = {form: _singular(form, small | singular) for form in plural}
     singular |= set(stems.values())
     nouns = {(noun, False): noun for noun in singular}
     nouns |= {(plural_of(noun), True): noun for noun in singular}
     nouns |= {(form, True): noun for form, noun in stems.items()}
-    # objects of "are" that are the plural of nothing else known: concepts only if their singular is
     return nouns
 
 
@@ -151,7 +151,7 @@ def _ontology(record: Any, where: str) -> Ontology:
     n = len(statements)
     gold = tuple(sentences[n + 1 :])
     if len(gold) < 3 or len(gold) % 2 == 0:
-        raise ValueError(f"{where}: the chain must be a fact, then rule and inference in turns, got {len(gold)} sentences")
+        raise ValueError(f"{where}: the chain must be a fact, then rules and inferences, got {len(gold)} sentences")
     return Ontology(
         statements=tuple(sentences[:n]),
         query=sentences[n],
