@@ -88,7 +88,7 @@ def test_single_tokens_only() -> None:
         generate(3, tokenizer=byte_tokens)
     assert words_for(word_tokens) == Words()
     texts = [i.question for i in generate(300, "A")] * 2
-    tokenizer = merging_tokenizer(texts, 480)
+    tokenizer = merging_tokenizer(texts, 540)
     found = words_for(tokenizer)
     assert 8 <= len(found.names) and len(found.names) + len(found.places) + len(found.things) < sum(
         map(len, (Words().names, Words().places, Words().things))
