@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,7 +136,7 @@ def test_numbered_lines(tmp_path: Path) -> None:
 
 
 def test_hub_rows_are_the_same_items() -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in (DATA / "qa15_made_up.txt").read_text().splitlines():
         number, _, rest = line.partition(" ")
         if number == "1":

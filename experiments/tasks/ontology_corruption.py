@@ -1,7 +1,7 @@
 """Corruptions of an ontology's text: exchanged words, everything else untouched, aligned token by token.
 
 At a cut point the target word is exchanged where it was mentioned before, for another word of its kind that occurs
-nowhere in the text, in the same form (plural, capital):
+nowhere in the text (where none is left or aligned: in demonstrations only), in the same form (plural, capital):
 
     "last"      the last earlier mention in the gold chain; where there is none, the last one in the question
     "question"  the last one in the question only
@@ -240,12 +240,13 @@ def _deciding_mentions(item: OntologyItem, where: Where) -> list[Mention] | str:
 
 
 def _others(item: OntologyItem, word: Word, lexicon: Lexicon, rng: random.Random) -> list[Word]:
-    """Words of a kind that occur nowhere in the text, shuffled."""
-    taken = {m.word.text for m in item.mentions}
+    """Words of a kind that occur nowhere in the text, shuffled; after them those that demonstrations have."""
+    shown = {m.word.text for m in item.mentions if m.part == "demonstration"}
+    taken = {m.word.text for m in item.mentions if m.part != "demonstration"}
     texts = {"entity": lexicon.entities, "concept": lexicon.concepts, "property": lexicon.properties}[word.kind]
     found = [Word(text, word.kind) for text in texts if text not in taken]
     rng.shuffle(found)
-    return found
+    return sorted(found, key=lambda new: new.text in shown)
 
 
 def _deciding(item: OntologyItem, word: Word, lexicon: Lexicon, rng: random.Random) -> list[Word]:

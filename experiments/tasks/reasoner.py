@@ -37,8 +37,8 @@ from experiments.tasks.ontology_words import TRAINING, UNSEEN
 from experiments.tasks.problem import Problem
 
 __all__ = [
-    "DIRECT", "MIXTURE", "Mode", "Sample", "STEPS", "SPLITS", "TASKS", "answer_of", "arithmetic_chain", "generate", "prompt_of",
-    "stream",
+    "DIRECT", "MIXTURE", "Mode", "Sample", "STEPS", "SPLITS", "TASKS", "answer_of", "arithmetic_chain", "generate",
+    "prompt_of", "stream",
 ]  # fmt: skip
 
 Mode: TypeAlias = Literal["steps", "direct", "neutral"]
