@@ -280,10 +280,10 @@ def conclude(folder: RunFolder, config: SweepConfig, say: Callable[[str], None])
     analysis = stats.analyse(folder.trials(), stats.Settings(seed=config.seed))
     stats.write(analysis, folder.path)
     if config.plots:
-        from experiments.sweep import heatmaps as plots
+        from experiments.sweep.draw import draw
 
         say("drawing the figures")
-        plots.draw(analysis, folder.path)
+        draw(analysis, folder.path)
     print(report.summary(analysis, run=folder.path))
 
 
