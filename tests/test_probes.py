@@ -19,12 +19,12 @@ from experiments.latents.probes import (
     _discriminate,
     _ridge,
     collect,
-    draw,
     main,
     probe,
     probe_table,
     targets_of,
 )
+from experiments.latents.probes_figures import draw
 from experiments.tasks import load_task
 
 
@@ -108,7 +108,7 @@ def test_contrast_is_steps_minus_answer() -> None:
 
 def test_a_number_with_too_many_values_is_read_by_regression(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, clusters, coded, _ = planted(noise=0.05)
-    monkeypatch.setattr("experiments.probes.MOST_CLASSES", 2)
+    monkeypatch.setattr("experiments.latents.probes.MOST_CLASSES", 2)
     found = probe(coded, Design.of([Target.of("answer", labels.tolist())], clusters))
     assert np.isnan(found.correct["answer"]).all() and found.r2["answer"] > 0.8
 
@@ -148,7 +148,8 @@ def test_command_writes_table_and_figure(
 
 def test_figure_has_a_panel_per_target_and_space() -> None:
     rows = [
-        {"space": space, "latent": latent, "layer": layer, "target": target, "selectivity": 0.1 * latent - 0.2}
+        {"space": space, "latent": latent, "layer": layer, "target": target, "selectivity": 0.1 * latent - 0.2,
+         "n": 40, "n_clusters": 20}
         for space, layers in (("h", range(3)), ("keys", range(1, 3)))
         for layer in layers
         for latent in range(1, 7)

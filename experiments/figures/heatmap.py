@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "CORRECTED", "FAMILY_WISE", "MARKS", "Scale", "colour_bar", "draw_matrix", "frame", "mark", "marked", "marks_legend",
-    "matrix", "numbers",
+    "CORRECTED", "FAMILY_WISE", "MARKS", "Scale", "colour_bar", "draw_matrix", "frame", "mark", "marked",
+    "marks_legend", "matrix", "numbers",
 ]  # fmt: skip
 
 CORRECTED, FAMILY_WISE = 1, 2

@@ -29,6 +29,7 @@ __all__ = ["DASHES", "band", "baseline", "draw_bars", "draw_points", "draw_serie
 
 DASHES = (0, (4, 2))
 """Line of the mean of a control."""
+_LINE: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.1, "elinewidth": 0.8, "capsize": 1.5}
 
 
 def spread(table: pd.DataFrame, name: str = "mean", scale: float = 1.0) -> np.ndarray:
@@ -66,16 +67,14 @@ def draw_series(
         step: shift from series to series, in units of x.
         options: of matplotlib's errorbar.
     """
-    style = look(place, control)
+    line = DASHES if control else "-"
+    style: dict[str, Any] = {**_LINE, **look(place, control), "linestyle": line, **options}
     at = np.asarray(x, float) + step * (place % 7 - 2)
     values = scale * table[name].to_numpy(float)
-    line = DASHES if control else "-"
-    axis.errorbar(
-        at, values, yerr=spread(table, name, scale), markersize=3.2, linewidth=1.1, elinewidth=0.8, capsize=1.5,
-        label=label, linestyle=line if joined is None else "none", **{**style, **options},
-    )  # fmt: skip
+    whole = style if joined is None else {**style, "linestyle": "none"}
+    axis.errorbar(at, values, yerr=spread(table, name, scale), label=label, **whole)
     if joined is not None:
-        axis.plot(at[:joined], values[:joined], color=style["color"], linewidth=1.1, linestyle=line)
+        axis.plot(at[:joined], values[:joined], **{key: style[key] for key in ("color", "linewidth", "linestyle")})
 
 
 def draw_points(
@@ -105,10 +104,8 @@ def draw_points(
         joined: a line joins the points, in order.
         options: of matplotlib's errorbar.
     """
-    axis.errorbar(
-        x, y, xerr=across, yerr=up, markersize=4, linewidth=1.0, elinewidth=0.8, capsize=1.5, label=label,
-        linestyle="-" if joined else "none", **{**look(place, control), **options},
-    )  # fmt: skip
+    style = {**_LINE, "markersize": 4, **look(place, control), "linestyle": "-" if joined else "none", **options}
+    axis.errorbar(x, y, xerr=across, yerr=up, label=label, **style)
 
 
 def draw_bars(
@@ -123,7 +120,7 @@ def draw_bars(
     *,
     control: bool = False,
 ) -> None:
-    """Bars with intervals, `of` series side by side at every x (a step of 1 apart); other arguments as `draw_series`."""
+    """Bars with intervals, `of` series side by side at every x (1 apart); other arguments as for `draw_series`."""
     width = 0.8 / of
     at = np.asarray(x, float) + width * (place - (of - 1) / 2)
     axis.bar(

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BAND", "BASELINE", "CONTROL", "CONTROLS", "CORRELATION", "DIVERGING", "DPI", "EMPTY", "FAINT", "FORMATS", "GUIDE",
-    "HIGHLIGHT", "INK", "MARKERS", "PALETTE", "Page", "SEQUENTIAL", "SERIES", "SMALL", "STYLE", "WIDTH", "check_formats",
-    "encode", "in_style", "legend", "look", "new_figure", "note", "number_text", "ordered", "save", "styled",
+    "HIGHLIGHT", "INK", "MARKERS", "PALETTE", "Page", "SEQUENTIAL", "SERIES", "SMALL", "STYLE", "WIDTH",
+    "check_formats", "encode", "in_style", "legend", "look", "new_figure", "note", "number_text", "ordered",
+    "sample_text", "save", "styled",
 ]  # fmt: skip
 
 WIDTH = 7.2
@@ -127,6 +128,17 @@ def number_text(value: float, form: str = ".2f") -> str:
     if not text.strip("+-0."):
         text = text.lstrip("+-")
     return text.replace("-", "−")
+
+
+def sample_text(table: Any) -> str:
+    """How many prompts a table rests on, for a caption: from its columns n and n_clusters; 0 does not count."""
+    counts = []
+    for name in ("n", "n_clusters"):
+        known = table[name].dropna()
+        known = known[known > 0]
+        low, high = (int(known.min()), int(known.max())) if len(known) else (0, 0)
+        counts.append(f"{low:,}" if low == high else f"{low:,} to {high:,}")
+    return f"{counts[0]} prompts in {counts[1]} clusters."
 
 
 # --- Under which settings ---------------------------------------------------------------------------------------------
