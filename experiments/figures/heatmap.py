@@ -316,21 +316,22 @@ def draw_matrix(
         mark_size=2.2 if min(wide, tall) > 0.15 else 1.4,
         mark_at=(0.36, -0.32) if fits else (0.0, 0.0),
     )  # fmt: skip
-    _thin_labels(axis, len(rows), len(columns), tall, wide, max((len(str(c)) for c in columns), default=1))
+    # the layout will use more of the page than the grid it starts from
+    _thin_labels(axis, [str(row) for row in rows], [str(column) for column in columns], 1.12 * wide, 1.12 * tall)
     axis.set_title(title)
     if bar:
         colour_bar(axis.figure, scale, of=axis, form="", aspect=20)  # type: ignore[arg-type]
 
 
-def _thin_labels(axis: Axes, rows: int, columns: int, tall: float, wide: float, longest: int) -> None:
-    """Every second, fourth, … label where all would lie on top of each other."""
-    for count, cell, needed, ticks, labels in (
-        (rows, tall, 0.12, axis.set_yticks, axis.get_yticklabels()),
-        (columns, wide, 0.07 + 0.055 * longest, axis.set_xticks, axis.get_xticklabels()),
-    ):
+def _thin_labels(axis: Axes, rows: Sequence[str], columns: Sequence[str], wide: float, tall: float) -> None:
+    """Every second, third, … label where all would lie on top of each other; cells are `wide` and `tall` inches."""
+    high = [0.11] * len(rows)
+    broad = [0.04 + 0.055 * max(map(len, column.split("\n"))) for column in columns]
+    for labels, sizes, cell, ticks in ((rows, high, tall, axis.set_yticks), (columns, broad, wide, axis.set_xticks)):
         step = 1
-        while count > 1 and step * cell < needed and step < count:
-            step *= 2
+        while step < len(labels) and any(
+            (sizes[at] + sizes[at + step]) / 2 > step * cell for at in range(0, len(labels) - step, step)
+        ):
+            step += 1
         if step > 1:
-            kept = range(0, count, step)
-            ticks(list(kept), [labels[place].get_text() for place in kept])
+            ticks(list(range(0, len(labels), step)), labels[::step])

@@ -204,8 +204,11 @@ def legend(figure: Figure, panels: Any, columns: int | None = None, **options: A
             handles.setdefault(name, handle)
     if not handles:
         return
-    widest = 0.42 + 0.052 * max(map(len, handles))
-    columns = columns or max(1, min(len(handles), int((WIDTH - 0.2) / widest)))
+    if columns is None:
+        room = WIDTH - 0.2
+        widths = [0.45 + 0.05 * len(name) for name in handles]  # inches, about
+        rows = 1 if sum(widths) < room else -(-len(handles) // max(1, int(room / max(widths))))
+        columns = -(-len(handles) // rows)
     with in_style():
         figure.legend(
             list(handles.values()),
