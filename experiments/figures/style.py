@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BAND", "BASELINE", "CONTROL", "CONTROLS", "CORRELATION", "DIVERGING", "DPI", "EMPTY", "FAINT", "FORMATS", "GUIDE",
     "HIGHLIGHT", "INK", "MARKERS", "PALETTE", "Page", "SEQUENTIAL", "SERIES", "SMALL", "STYLE", "WIDTH",
-    "check_formats", "encode", "in_style", "legend", "look", "new_figure", "note", "number_text", "ordered",
-    "sample_text", "save", "styled",
+    "caption_lines", "check_formats", "encode", "in_style", "legend", "look", "new_figure", "note", "number_text",
+    "ordered", "sample_text", "save", "styled",
 ]  # fmt: skip
 
 WIDTH = 7.2
@@ -198,21 +198,25 @@ def legend(figure: Figure, panels: Any, columns: int | None = None, **options: A
     """
     import numpy as np
 
-    handles: dict[str, Any] = {}
+    handles: list[Any] = []
+    names: list[str] = []
     for panel in np.ravel(panels):
+        known = set(names)  # a label twice in one panel stands for two things
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
+            if name not in known:
+                handles.append(handle)
+                names.append(name)
     if not handles:
         return
     if columns is None:
         room = WIDTH - 0.2
-        widths = [0.45 + 0.05 * len(name) for name in handles]  # inches, about
-        rows = 1 if sum(widths) < room else -(-len(handles) // max(1, int(room / max(widths))))
-        columns = -(-len(handles) // rows)
+        widths = [0.45 + 0.05 * len(name) for name in names]  # inches, about
+        rows = 1 if sum(widths) < room else -(-len(names) // max(1, int(room / max(widths))))
+        columns = -(-len(names) // rows)
     with in_style():
         figure.legend(
-            list(handles.values()),
-            list(handles),
+            handles,
+            names,
             loc="outside upper center",
             ncols=columns,
             columnspacing=1.4,
@@ -220,12 +224,24 @@ def legend(figure: Figure, panels: Any, columns: int | None = None, **options: A
         )
 
 
+def caption_lines(text: str, width: int) -> list[str]:
+    """A caption in lines of so many characters; a number stays with its per cent sign."""
+    lines = textwrap.wrap(text.replace(" %", "\N{NO-BREAK SPACE}%"), width)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
 def note(figure: Figure, text: str) -> None:
     """The caption below the panels, in lines of page width; a legend below them moves above, out of its way."""
     for one in figure.legends:
         one.set_loc("outside upper center")
     figure.supxlabel(
-        textwrap.fill(text, 158), x=0.1 / WIDTH, ha="left", fontsize=SMALL, color=INK, linespacing=1.3, parse_math=False
+        "\n".join(caption_lines(text, 158)),
+        x=0.1 / WIDTH,
+        ha="left",
+        fontsize=SMALL,
+        color=INK,
+        linespacing=1.3,
+        parse_math=False,
     )
 
 
@@ -244,9 +260,7 @@ class Page:
     def __init__(self, body: float, title: str, caption: str) -> None:
         from matplotlib.figure import Figure
 
-        # a number stays with its unit
-        lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in
-                 textwrap.wrap(caption.replace(" %", "\N{NO-BREAK SPACE}%"), 152)]  # fmt: skip
+        lines = caption_lines(caption, 152)
         self.top, self.bottom = 0.36, 0.12 + 0.118 * len(lines)
         self.height = self.top + body + self.bottom
         self.figure = Figure(figsize=(WIDTH, self.height))
@@ -303,6 +317,8 @@ def check_formats(formats: Sequence[str]) -> None:
 def encode(figure: Figure, form: str = "png", dpi: int = DPI) -> bytes:
     """A figure as the content of a file, exactly as wide as it is; the same figure gives the same bytes.
 
+    The first call lays the figure out for good: laid out once more, from where things are then, it would differ a bit.
+
     Args:
         figure: to write.
         form: one of `FORMATS`.
@@ -312,6 +328,9 @@ def encode(figure: Figure, form: str = "png", dpi: int = DPI) -> bytes:
         ValueError: an unknown format.
     """
     check_formats([form])
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     content = io.BytesIO()
     figure.savefig(content, format=form, dpi=dpi, metadata=_LEFT_OUT[form])
     return content.getvalue()

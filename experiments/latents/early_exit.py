@@ -332,7 +332,7 @@ def figures(tables: dict[str, pd.DataFrame], trials: pd.DataFrame, stopped: pd.D
         curve.append((stop.mean(), 100 * truth[np.arange(len(stop)), stop].mean()))
     right.plot(*np.array(curve).T, color=SERIES[0], linewidth=1, label="confidence, any threshold")
     names = ("confidence", "confidence, shuffled", "stable", "stable, shuffled", "oracle")
-    labels = ("confidence, chosen", "its times, shuffled", "stable", "its times, shuffled", "oracle")
+    labels = ("confidence, chosen", "confidence, times shuffled", "stable", "stable, times shuffled", "oracle")
     looks = (("o", 0, True), ("o", 0, False), ("^", 1, True), ("^", 1, False), ("*", 2, True))
     for name, label, (marker, colour, filled) in zip(names, labels, looks, strict=True):
         right.plot(

@@ -873,6 +873,7 @@ def figures(tables: dict[str, pd.DataFrame], where: pd.DataFrame, n: int, depth:
         rows = rows.loc[[f"eot_{layer}" for layer in range(depth + 1)]]
         draw_series(axes[0, 2], range(depth + 1), rows, name, place, scale=1)
     axes[0, 2].set(xlabel="layer", title="Change at the end of thought (spreads)")
+    axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
     from_zero(axes[0, 2])
     legend(figure, axes)
     found["where"] = figure
