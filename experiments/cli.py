@@ -37,7 +37,7 @@ __all__ = ["COMMANDS", "UsageError", "available", "main", "run", "run_module"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("experiments.sweep.run", "steer every latent pair, position and coefficient, beside random controls"),
     "stats": ("experiments.sweep.recompute", "recompute the statistics of a run folder from its trials"),
-    "plot": ("experiments.sweep.heatmaps", "draw the figures of a run folder"),
+    "plot": ("experiments.sweep.draw", "draw the figures of a run folder"),
     "eval": ("experiments.evaluate", "accuracy by number of latents and by mode of answering, with intervals"),
     "train": ("experiments.train", "train a CODI model: teacher, then self-distillation"),
     "lens": ("experiments.lens.run", "logit lens and tuned lens on latents: train, show, detect, difference, transfer"),

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from experiments.alternation.claims import published_claims
+from experiments.alternation.figures import draw, draw_states
 from experiments.alternation.observe import Observations, Readings, Reference
 from experiments.alternation.run import (
     MEASURES,
@@ -25,8 +26,6 @@ from experiments.alternation.run import (
     Settings,
     analyse,
     contrast_weights,
-    draw,
-    draw_states,
     labellings,
     main,
     profiles_of,

@@ -14,11 +14,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from simulated_sweep import simulate_trials
 
+from experiments.figures.heatmap import Scale
+from experiments.figures.style import DIVERGING, STYLE
 from experiments.statistics.clusters import Settings
-from experiments.sweep import heatmaps as plots
+from experiments.sweep import draw as plots
 from experiments.sweep.analysis import analyse
-from experiments.sweep.heatmaps import View
+from experiments.sweep.heatmaps import accuracy_heatmap
 from experiments.sweep.recompute import Overrides
+from experiments.sweep.views import View, views
 
 FAST = Settings(resamples=150, permutations=150)
 SMALL: dict = {"pairs": 3, "latents": (2, 5), "sizes": (1.0,), "draws": 3, "prompts": 40, "clusters": 20}
@@ -36,7 +39,7 @@ def view() -> View:
         controls=("random", "covariance", "shuffled"),
         patches=("patch-scalar", "patch-coordinate", "patch-norm"),
     )
-    (only,) = plots.views(analyse(trials, FAST), notes=("Model: a-model-with-a-rather-long-name-1b.",))
+    (only,) = views(analyse(trials, FAST), notes=("Model: a-model-with-a-rather-long-name-1b.",))
     return only
 
 
@@ -55,7 +58,7 @@ def shown(figure: Figure) -> list[tuple[Text, np.ndarray]]:
             texts.append(text)
         original(text, renderer, *arguments)
 
-    with matplotlib.rc_context(plots.STYLE), pytest.MonkeyPatch.context() as patch:
+    with matplotlib.rc_context(STYLE), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Text, "draw", draw)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -158,13 +161,14 @@ def test_colours_are_centred_on_the_baseline(view: View, drawn: dict[str, Figure
                 for image in axes.images:
                     low, high = image.get_clim()
                     assert low == -high == -view.limit
-    middle, better, worse = (plots._DIVERGING(value)[:3] for value in (0.5, 0.9, 0.1))
+    diverging = matplotlib.colormaps[DIVERGING]
+    middle, better, worse = (diverging(value)[:3] for value in (0.5, 0.9, 0.1))
     assert min(middle) > 0.93  # equal to the baseline: white
     assert better[2] > better[0] + 0.2 and worse[0] > worse[2] + 0.2  # blue against red, never red against green
     for value in np.linspace(-0.4, 0.4, 41):  # text can be read on every colour
-        red, green, blue, _ = plots._DIVERGING((np.clip(value / 0.3, -1, 1) + 1) / 2)
+        red, green, blue, _ = diverging((np.clip(value / 0.3, -1, 1) + 1) / 2)
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        assert plots._ink(value, 0.3) == ("white" if dark else "black")
+        assert Scale(-0.3, 0.3, DIVERGING).ink(value) == ("white" if dark else "black")
 
 
 def test_captions_say_how_many_and_against_what(drawn: dict[str, Figure]) -> None:
@@ -194,7 +198,7 @@ def test_captions_say_how_many_and_against_what(drawn: dict[str, Figure]) -> Non
 def test_other_shapes_of_sweep(changes: dict) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (some,) = plots.views(analyse(simulate_trials(**(SMALL | changes)), FAST))
+        (some,) = views(analyse(simulate_trials(**(SMALL | changes)), FAST))
         figures = dict(plots.figures(some))
         problems = {name: clashes(figure) for name, figure in figures.items()}
     assert not {name: found for name, found in problems.items() if found}
@@ -207,7 +211,7 @@ def test_a_grid_in_which_nothing_happens() -> None:
     trials["correct"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (some,) = plots.views(analyse(trials, FAST))
+        (some,) = views(analyse(trials, FAST))
         for name, figure in plots.figures(some):
             assert not clashes(figure), name
     assert some.limit == 0.1
@@ -216,8 +220,8 @@ def test_a_grid_in_which_nothing_happens() -> None:
 def test_cells_that_were_not_run_stay_empty() -> None:
     trials = simulate_trials(**SMALL)
     gone = (trials["control"] == "direction") & (trials["target"] == 3) & (trials["latent"] == 5)
-    (some,) = plots.views(analyse(trials[~gone], FAST))
-    main = next(axes for axes in plots.accuracy_heatmap(some, 1.0).axes if axes.images)
+    (some,) = views(analyse(trials[~gone], FAST))
+    main = next(axes for axes in accuracy_heatmap(some, 1.0).axes if axes.images)
     empty = np.ma.getmaskarray(np.ma.masked_invalid(main.images[0].get_array()))
     assert empty.sum() == 2 and len(main.texts) == empty.size - 2  # both names of the pair 1-3
 

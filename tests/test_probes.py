@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from codi import CodiModel
-from experiments.latents.probes import Config, collect, draw, main
+from experiments.latents.probes import Config, collect, main
+from experiments.latents.probes_figures import draw
 from experiments.statistics.probes import CONTRAST, Design
 from experiments.study.targets import targets_of
 from experiments.tasks import load_task
@@ -68,7 +69,15 @@ def test_command_writes_table_and_figure(
 
 def test_figure_has_a_panel_per_target_and_space() -> None:
     rows = [
-        {"space": space, "latent": latent, "layer": layer, "target": target, "selectivity": 0.1 * latent - 0.2}
+        {
+            "space": space,
+            "latent": latent,
+            "layer": layer,
+            "target": target,
+            "selectivity": 0.1 * latent - 0.2,
+            "n": 40,
+            "n_clusters": 20,
+        }
         for space, layers in (("h", range(3)), ("keys", range(1, 3)))
         for layer in layers
         for latent in range(1, 7)

@@ -47,15 +47,12 @@ from experiments.statistics.clusters import Settings, bootstrap_interval
 from experiments.statistics.paired import max_statistic_p
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from codi import CodiModel
     from experiments.study.claims import ClaimsTable
 
 __all__ = [
     "Config", "MEASURES", "Measure", "Profile", "RULES", "Result", "Settings", "analyse", "contrast_weights",
-    "draw", "draw_states", "labellings", "main", "profiles_of", "summary",
+    "labellings", "main", "profiles_of", "summary",
 ]  # fmt: skip
 
 
@@ -502,10 +499,11 @@ def _overall(
     return {**row, "verdict": "undecided", "reason": "; ".join([tally, *lacking])}
 
 
-# --- Words and figures ------------------------------------------------------------------------------------------------
+# --- Words ------------------------------------------------------------------------------------------------------------
 
 
-def _p(value: float) -> str:
+def p_words(value: float) -> str:
+    """A p-value as it stands in tables and figures."""
     return "–" if np.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -517,8 +515,8 @@ def summary(result: Result) -> str:
     pooled = "Nothing could be pooled."
     if overall["n"]:
         pooled = (
-            f"Pooled contrast {_number(overall)} SD, p {_p(overall['p'])}; even/odd is number {overall['split_rank']} "
-            f"of the splits and first in {100 * overall['specific']:.0f} % of resamples."
+            f"Pooled contrast {_number(overall)} SD, p {p_words(overall['p'])}; even/odd is number "
+            f"{overall['split_rank']} of the splits and first in {100 * overall['specific']:.0f} % of resamples."
         )
     lines = [
         f"**Compute/store alternation: {overall['verdict']}** ({overall['reason']}; "
@@ -533,7 +531,7 @@ def summary(result: Result) -> str:
     for name, row in tests.drop(index="overall").iterrows():
         best = ", ".join(row["best_split"]) or "–"
         numbers = (
-            f"{_number(row)} | {_p(row['p_corrected'])} | {_p(row['p_absent'])} | {_two(row['d'])} | "
+            f"{_number(row)} | {p_words(row['p_corrected'])} | {p_words(row['p_absent'])} | {_two(row['d'])} | "
             f"{_two(row['explained'])} | {best} | {100 * row['specific']:.0f} %"
             if row["n"] else "– | – | – | – | – | – | –"
         )  # fmt: skip
@@ -555,119 +553,6 @@ def _two(value: float) -> str:
 
 def _number(row: pd.Series) -> str:
     return f"{row['contrast']:+.3f} [{row['lower']:+.3f}, {row['upper']:+.3f}]"
-
-
-EVEN, ODD, LINE = "#0072B2", "#D55E00", "#8A8A8A"
-"""Okabe and Ito's blue and vermilion; shapes differ too."""
-
-
-def draw(result: Result) -> Figure:
-    """One panel per measure: mean at every latent with its interval, even and odd apart, the verdict above it."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    labels = {measure.name: measure for measure in (*MEASURES, *TUNED_MEASURES, POOLED)}
-    names = list(result.tests["measure"])
-    columns = 3
-    rows = -(-len(names) // columns)
-    with matplotlib.rc_context({"font.size": 7, "axes.linewidth": 0.6, "pdf.fonttype": 42}):
-        figure = Figure(figsize=(7.2, 1.75 * rows + 0.35), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        tests = result.tests.set_index("measure")
-        for ax, name in itertools.zip_longest(axes.flat, names):
-            if name is None:
-                ax.set_axis_off()
-                continue
-            _panel(ax, labels[name], result.levels[result.levels["measure"] == name], tests.loc[name])
-        for ax in axes[-1]:
-            ax.set_xlabel("latent")
-        handles = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
-    return figure
-
-
-def _panel(ax: Axes, measure: Measure, levels: pd.DataFrame, test: pd.Series) -> None:
-    ax.set_title(measure.label, fontsize=7.5, pad=11, fontweight="bold")
-    higher = "even" if measure.predicted > 0 else "odd"
-    # a contradiction rests on the test against the smallest contrast that matters, everything else on that against 0
-    p = float(test["p_absent"] if test["verdict"] == "contradicted" else test["p_corrected"])
-    known = test["verdict"] != "not testable" and not np.isnan(p)
-    p_shown = f", p = {_p(p)}".replace("= <", "<") if known else ""
-    ax.text(
-        0.5, 1.03, f"predicted: {higher} higher. {test['verdict']}{p_shown}", transform=ax.transAxes, ha="center",
-        va="bottom", fontsize=6,
-    )  # fmt: skip
-    ax.set_ylabel(measure.unit, fontsize=6.5)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    if levels.empty:
-        ax.text(0.5, 0.5, "not observed", transform=ax.transAxes, ha="center", va="center", color=LINE)
-        ax.set_xticks([]), ax.set_yticks([])
-        return
-    latents, means = levels["latent"].to_numpy(), levels["mean"].to_numpy()
-    ax.plot(latents, means, color=LINE, linewidth=0.8, zorder=1)
-    slope, start = np.polyfit(latents, means, 1)
-    ax.plot(latents, start + slope * latents, color=LINE, linewidth=0.8, linestyle=":", zorder=1, label="linear trend")
-    for parity, colour, marker, label in ((0, EVEN, "o", "even latents"), (1, ODD, "s", "odd latents")):
-        mine = levels[levels["latent"] % 2 == parity]
-        spread = np.abs(mine[["lower", "upper"]].to_numpy().T - mine["mean"].to_numpy())
-        ax.errorbar(
-            mine["latent"], mine["mean"], spread, fmt=marker, color=colour, markersize=4, linewidth=1, capsize=2,
-            markerfacecolor=colour if parity == 0 else "white", label=label,
-        )  # fmt: skip
-    ax.set_xticks(latents)
-    ax.margins(x=0.08, y=0.12)
-
-
-def draw_states(observations: Observations, seed: int = 0, shown: int = 60) -> Figure:
-    """Latents in the plane of the first two components, and attention among latents, as one figure."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    plane = principal_plane(observations.reference.states, seed)
-    points = components(observations.states[:, 1:], plane)
-    n = observations.n_latents
-    with matplotlib.rc_context({"font.size": 7, "axes.linewidth": 0.6, "pdf.fonttype": 42}):
-        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        rows = np.random.default_rng(seed).permutation(len(points))[:shown]
-        for k in range(n):
-            odd = k % 2 == 0
-            colour, marker = (ODD, "s") if odd else (EVEN, "o")
-            face = "none" if odd else colour
-            left.scatter(
-                *points[rows, k].T, s=7, marker=marker, edgecolors=colour, facecolors=face, alpha=0.35, linewidths=0.6
-            )  # fmt: skip
-        centres = points.mean(0)
-        left.plot(*centres.T, color=LINE, linewidth=0.8, zorder=3)
-        for k, centre in enumerate(centres, start=1):
-            colour = ODD if k % 2 else EVEN
-            left.annotate(
-                str(k), centre, ha="center", va="center", fontsize=7, fontweight="bold", zorder=4, color=colour,
-                bbox={"boxstyle": "circle,pad=0.2", "fc": "white", "ec": colour, "lw": 0.8},
-            )  # fmt: skip
-        left.set_xlabel("first component of h (SD)")
-        left.set_ylabel("second component of h (SD)")
-        left.set_title(f"h_1..h_{n}: even (blue, discs) and odd (red, squares)", fontsize=7.5)
-        if observations.attention is None:
-            right.set_axis_off()
-            return figure
-        mass = observations.attention.mean(0)
-        keys = ["num-\nbers", "rest of\nprompt", *map(str, range(1, n + 1))]
-        seen = np.where(np.arange(mass.shape[1])[None] - 2 > np.arange(len(mass))[:, None], np.nan, mass)
-        brightest = float(np.nanmax(np.delete(seen, 1, axis=1)))  # the rest of the prompt takes most of the mass
-        image = right.imshow(seen, cmap="cividis", vmin=0.0, vmax=brightest, aspect="auto")
-        for (i, j), value in np.ndenumerate(seen):
-            if np.isfinite(value):
-                colour = "white" if value < 0.55 * brightest else "black"
-                right.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6, color=colour)
-        right.set_xticks(range(len(keys)), keys)
-        right.set_yticks(range(n + 1), [*map(str, range(1, n + 1)), "end"])
-        right.set_xlabel("attends to")
-        right.set_ylabel("latent, end of thought")
-        right.set_title("attention mass, mean over layers and heads", fontsize=7.5)
-        figure.colorbar(image, ax=right, fraction=0.04, pad=0.02, extend="max").outline.set_linewidth(0.5)
-    return figure
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------
@@ -793,6 +678,9 @@ def _write(
     claims: ClaimsTable,
     record: dict[str, Any],
 ) -> list[Path]:
+    from experiments.alternation.figures import draw, draw_states
+    from experiments.figures.style import FORMATS, encode
+
     out = config.out
     options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     manifest = {
@@ -809,9 +697,9 @@ def _write(
         paths += [out / f"{name}.csv", out / f"{name}.json"]
     paths += claims.write(out)
     for name, figure in (("alternation", draw(result)), ("states", draw_states(observations, config.seed))):
-        for ending in ("png", "pdf"):
-            figure.savefig(out / f"{name}.{ending}", dpi=200)
-            paths.append(out / f"{name}.{ending}")
+        for form in FORMATS:
+            paths.append(out / f"{name}.{form}")
+            paths[-1].write_bytes(encode(figure, form))
     return paths
 
 

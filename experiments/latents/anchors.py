@@ -39,6 +39,8 @@ from torch import Tensor
 from codi import Intervention, Prefill
 from codi.decode import decode_answers
 from codi.rope import rotate, unrotate
+from experiments.figures.series import baseline, from_zero
+from experiments.figures.style import legend
 from experiments.latents.patch.run import claimed_latents
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
@@ -512,13 +514,13 @@ def figures(tables: dict[str, pd.DataFrame], n: int) -> dict[str, Any]:
     for axis, outcome, scale, label in ((axes[0, 0], "kl", 1, "KL (nats)"), (axes[0, 1], "flip", 100, "flips (%)")):
         table = tables[f"resampled_{outcome}"].set_index("condition")
         for place, (name, text) in enumerate(names.items()):
-            draw_series(axis, latents, table.loc[[f"{name} {k}" for k in latents]], text, place, scale=scale)
+            rows = table.loc[[f"{name} {k}" for k in latents]]
+            draw_series(axis, latents, rows, text, place, scale=scale, control=not name.endswith("unmatched"))
         axis.set(xlabel="resampled latent", ylabel=label, title=f"Effect on the answer: {label}", xticks=latents)
-        axis.set_ylim(bottom=0)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        from_zero(axis)
+    legend(figure, axes[0, :1])
     table = tables["importance_kl"].set_index("condition")
-    axes[0, 2].axhline(0, color="black", linewidth=0.8)
+    baseline(axes[0, 2])
     for place, what in ((0, "vector"), (3, "slot")):
         rows = table.loc[[f"{what} unmatched {k}" for k in latents]]
         draw_series(axes[0, 2], latents, rows, what, place, name="difference", scale=1)

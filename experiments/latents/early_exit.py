@@ -29,11 +29,11 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
+from experiments.figures.style import CONTROL, FAINT, SERIES, legend
 from experiments.latents.necessity import number_claims
 from experiments.statistics.clusters import Settings, cluster_codes, cluster_sums, interval_of
 from experiments.study.claims import ClaimsTable
 from experiments.study.shared import (
-    PALETTE,
     Result,
     StudyOptions,
     answer_table,
@@ -316,46 +316,44 @@ def figures(tables: dict[str, pd.DataFrame], trials: pd.DataFrame, stopped: pd.D
         rows = tables[name].set_index("condition").loc[[str(k) for k in ks]].reset_index()
         draw_series(left, ks, rows, label, place)
     left.set(
-        xlabel="number of latents", ylabel="prompts (%)", title="Answer after each latent", xticks=ks, ylim=(0, 102)
+        xlabel="number of latents", ylabel="prompts (%)", title="Answer after each latent", xticks=ks, ylim=(-3, 103)
     )
     left.legend(loc="best")
-    middle.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+    middle.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=":")
     for place, k in enumerate(sorted({0, n // 2, n})):
         part = tables["reliability"][tables["reliability"]["latent"] == k]
-        middle.plot(part["confidence"], part["accuracy"], color=PALETTE[place], linewidth=0.9, label=f"{k} latents")
+        middle.plot(part["confidence"], part["accuracy"], color=SERIES[place], linewidth=0.9, label=f"{k} latents")
         middle.scatter(
-            part["confidence"], part["accuracy"], s=4 + 60 * part["n"] / part["n"].sum(), color=PALETTE[place]
+            part["confidence"], part["accuracy"], s=4 + 60 * part["n"] / part["n"].sum(), color=SERIES[place]
         )
-    middle.set(xlabel="confidence", ylabel="right (fraction)", title="Calibration", xlim=(0, 1), ylim=(0, 1.02))
+    middle.set(xlabel="confidence", ylabel="right (fraction)", title="Calibration")
+    middle.set(xlim=(-0.02, 1.04), ylim=(-0.03, 1.05))
     middle.legend(loc="upper left")
     cost = tables["cost"].set_index("condition")["mean"]
     accuracy = stopped.groupby("condition")["correct"].mean()
     fixed = [f"fixed {k}" for k in ks]
-    right.plot(
-        cost[fixed], 100 * accuracy[fixed], color=PALETTE[6], marker="o", markersize=3, linewidth=1, label="fixed"
-    )
+    right.plot(cost[fixed], 100 * accuracy[fixed], color=CONTROL, marker="o", markersize=3, linewidth=1, label="fixed")
     curve = []
     truth = _wide(trials, "correct").astype(float)
     for threshold in np.linspace(0, 1.0001, 101):
         stop = stops_at(trials, float(threshold))
         curve.append((stop.mean(), 100 * truth[np.arange(len(stop)), stop].mean()))
-    right.plot(*np.array(curve).T, color=PALETTE[0], linewidth=1, label="confidence, any threshold")
+    right.plot(*np.array(curve).T, color=SERIES[0], linewidth=1, label="confidence, any threshold")
     names = ("confidence", "confidence, shuffled", "stable", "stable, shuffled", "oracle")
-    labels = ("confidence, chosen", "its times, shuffled", "stable", "its times, shuffled", "oracle")
+    labels = ("confidence, chosen", "confidence, times shuffled", "stable", "stable, times shuffled", "oracle")
     looks = (("o", 0, True), ("o", 0, False), ("^", 1, True), ("^", 1, False), ("*", 2, True))
     for name, label, (marker, colour, filled) in zip(names, labels, looks, strict=True):
         right.plot(
             cost[name],
             100 * accuracy[name],
             marker,
-            color=PALETTE[colour],
+            color=SERIES[colour],
             markersize=6,
-            markerfacecolor=PALETTE[colour] if filled else "white",
+            markerfacecolor=SERIES[colour] if filled else "white",
             label=label,
         )
     right.set(xlabel="mean number of latents", ylabel="accuracy (%)", title="What stopping early costs")
-    handles, text = right.get_legend_handles_labels()
-    figure.legend(handles, text, loc="outside lower center", ncols=4)
+    legend(figure, [right], 4)
     return {"early-exit": figure}
 
 

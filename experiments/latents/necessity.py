@@ -31,10 +31,11 @@ import pandas as pd
 import torch
 
 from experiments.evaluate import evaluate
+from experiments.figures.series import baseline
+from experiments.figures.style import CONTROL, SERIES, legend
 from experiments.statistics.clusters import Settings
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
-    PALETTE,
     Result,
     StudyOptions,
     Thoughts,
@@ -371,25 +372,24 @@ def figures(tables: dict[str, pd.DataFrame], n: int) -> dict[str, Any]:
     figure, axes = new_figure(1, 3, height=2.5)
     left, middle, right = axes[0]
     rows = pd.DataFrame([row_of(count, str(k)) for k in range(n + 1)])
-    draw_series(left, range(n + 1), rows, "after k latents", 2)
+    draw_series(left, range(n + 1), rows, "after k latents", 0, step=0)
     for name, label, colour, style in (
-        ("direct", "direct", PALETTE[6], ":"),
-        ("verbal", "written chain", PALETTE[3], "--"),
+        ("direct", "direct", CONTROL, ":"),
+        ("verbal", "written chain", SERIES[3], "--"),
     ):
-        left.axhline(100 * row_of(count, name)["mean"], color=colour, linestyle=style, linewidth=1.1, label=label)
+        baseline(left, 100 * row_of(count, name)["mean"], label, color=colour, linestyle=style, linewidth=1.1)
     left.set(xlabel="number of latents", ylabel="accuracy (%)", title="How many latents", xticks=range(n + 1))
     left.legend(loc="best")
     for axis, title, chosen in (
         (middle, "One latent replaced", [(k,) for k in range(1, n + 1)]),
         (right, "Latents 1..k replaced", [tuple(range(1, k + 1)) for k in range(1, n + 1)]),
     ):
-        axis.axhline(100 * row_of(level, "none")["mean"], color="black", linewidth=0.9, label="unedited")
+        baseline(axis, 100 * row_of(level, "none")["mean"], "unedited")
         for place, kind in enumerate(KINDS):
             rows = pd.DataFrame([row_of(level, name_of(kind, one)) for one in chosen])
             draw_series(axis, range(1, n + 1), rows, kind, place)
         axis.set(xlabel="latent k", title=title, xticks=range(1, n + 1))
-    handles, labels = middle.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    legend(figure, [middle])
     top = max(100 * float(table["upper"].max()) for table in (count, level))
     for axis in (left, middle, right):
         axis.set_ylim(-2, min(102, top + 4))
@@ -404,12 +404,11 @@ def figures(tables: dict[str, pd.DataFrame], n: int) -> dict[str, Any]:
             labels = [["".join(map(str, c)) or "–" for c in group] for group in (first, second)]
             draw_matrix(axis, values, labels[0], labels[1], f"Accuracy (%), {kind}", bar=False)
             axis.set(ylabel=f"replaced among 1..{half}", xlabel=f"replaced among {half + 1}..{n}")
-            axis.tick_params(labelsize=6.5)
         last = axes[0, -1]
-        last.axhline(0, color="black", linewidth=0.8)
-        for place, kind in enumerate(ON_ALL_SUBSETS):
+        baseline(last)
+        for kind in ON_ALL_SUBSETS:
             part = tables["shapley"][tables["shapley"]["kind"] == kind]
-            draw_series(last, part["latent"].tolist(), part, kind, place, name="value")
+            draw_series(last, part["latent"].tolist(), part, kind, KINDS.index(kind), name="value")
         last.set(xlabel="latent", ylabel="points of accuracy", title="Share of the loss", xticks=range(1, n + 1))
         last.legend(loc="best")
         found["subsets"] = figure

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,11 +27,9 @@ from experiments.study.targets import targets_of
 from experiments.tasks import Problem, load_task, with_suffix
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from codi import CodiModel
 
-__all__ = ["SPACES", "Config", "collect", "draw", "main", "summary"]
+__all__ = ["SPACES", "Config", "collect", "main", "summary"]
 
 Space = Literal["h", "z", "keys", "values"]
 SPACES: tuple[Space, ...] = ("h", "z", "keys", "values")
@@ -147,66 +145,6 @@ def collect(
     return {place: np.concatenate(parts) for place, parts in found.items()}
 
 
-# --- Figure -----------------------------------------------------------------------------------------------------------
-
-
-def draw(table: pd.DataFrame, title: str = "") -> Figure:
-    """Heatmaps of selectivity: one row per target, one column per space, layers upwards, latents to the right."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    spaces = [space for space in SPACES if space in set(table["space"])]
-    targets = list(dict.fromkeys(table["target"]))
-    heights = {space: table.loc[table["space"] == space, "layer"].nunique() for space in spaces}
-    tallest = max(heights.values())
-    panel = float(np.clip(0.155 * tallest, 0.55, 2.6))
-    widths = [table.loc[table["space"] == space, "latent"].nunique() for space in spaces]
-    with matplotlib.rc_context({"font.size": 7, "axes.linewidth": 0.5, "pdf.fonttype": 42}):
-        figure = Figure(figsize=(7.2, 0.9 + (panel + 0.14) * len(targets)), layout="constrained")
-        axes = figure.subplots(len(targets), len(spaces), squeeze=False, width_ratios=widths)
-        largest = max(0.05, float(table.loc[table["target"] != CONTRAST, "selectivity"].max()))
-        differences = table.loc[table["target"] == CONTRAST, "selectivity"].abs()
-        widest = max(0.05, float(differences.max())) if len(differences) else 1.0
-        images: dict[bool, Any] = {}
-        for row, target in enumerate(targets):
-            diverging = target == CONTRAST
-            for column, space in enumerate(spaces):
-                ax = axes[row, column]
-                cells = table[(table["space"] == space) & (table["target"] == target)]
-                grid = cells.pivot(index="layer", columns="latent", values="selectivity")
-                limits = {"vmin": -widest, "vmax": widest} if diverging else {"vmin": 0.0, "vmax": largest}
-                colours = "PuOr" if diverging else "cividis"
-                image = ax.imshow(grid, origin="lower", aspect="auto", cmap=colours, **limits)
-                images[diverging] = image
-                ax.set_xticks(range(grid.shape[1]), grid.columns if row == len(targets) - 1 else [])
-                ax.set_yticks(range(len(grid)) if space != "z" else [], grid.index if space != "z" else [])
-                ax.tick_params(length=0, pad=1.5)
-                if len(grid) > 10:
-                    ax.set_yticks(range(0, len(grid), 4), grid.index[::4])
-                elif panel / tallest >= 0.1:
-                    for (i, j), value in np.ndenumerate(grid.to_numpy()):
-                        text = f"{value:.2f}".replace("0.", ".").replace("-", "−")
-                        dark = abs(value) > 0.6 * widest if diverging else value < 0.55 * largest
-                        ax.text(j, i, text, ha="center", va="center", fontsize=5, color="white" if dark else "black")
-                if row == 0:
-                    names = {"h": "h: residual stream", "z": "z: embedding", "keys": "keys", "values": "values"}
-                    ax.set_title(names[space], fontsize=8)
-                if column == 0:
-                    ax.set_ylabel(target.replace("−", "\n− "), fontsize=7)
-                if row == len(targets) - 1:
-                    ax.set_xlabel("latent (0: begin of thought)" if space == "h" else "latent")
-        rows = {False: [i for i, t in enumerate(targets) if t != CONTRAST], True: [len(targets) - 1]}
-        for diverging, image in images.items():
-            size = 5 if diverging else 30
-            bar = figure.colorbar(image, ax=axes[rows[diverging]], fraction=0.02, pad=0.01, aspect=size)
-            bar.set_label("difference" if diverging else "selectivity (accuracy − shuffled labels)")
-            bar.outline.set_linewidth(0.5)
-        figure.supylabel("target, and layer (h: 0..n; keys, values: block)", fontsize=7)
-        if title:
-            figure.suptitle(title, fontsize=8)
-    return figure
-
-
 # --- Command ----------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +181,8 @@ def main(config: Config) -> None:
     from tqdm import tqdm
 
     from codi import load_codi
+    from experiments.figures.style import FORMATS, encode
+    from experiments.latents.probes_figures import draw
     from experiments.study.folder import versions
     from experiments.tasks.split import digest
 
@@ -276,8 +216,8 @@ def main(config: Config) -> None:
     table.to_csv(config.out / "probes.csv", index=False)
     (config.out / "probes.json").write_text(table.to_json(orient="records", indent=1) + "\n", encoding="utf-8")
     figure = draw(table)
-    for ending in ("png", "pdf"):
-        figure.savefig(config.out / f"probes.{ending}", dpi=200)
+    for form in FORMATS:
+        (config.out / f"probes.{form}").write_bytes(encode(figure, form))
     text = (
         f"{model.name}: {config.task}, split {config.split}, {len(problems)} prompts in {len(set(clusters))} number "
         f"triples; linear probes, {config.folds} folds by triple, {config.shuffles} label shuffles\n\n{summary(table)}"

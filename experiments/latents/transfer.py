@@ -28,16 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from codi import Intervention
 from codi.rope import rotate, unrotate
+from experiments.figures.series import draw_points, spread
+from experiments.figures.style import GUIDE, SERIES, legend
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
-    PALETTE,
     ReplaceRows,
     Result,
     StudyOptions,
@@ -360,25 +360,22 @@ def figure_of(tables: dict[str, pd.DataFrame], names: Sequence[str]) -> Any:
     axis = axes[0, 0]
     own, donor = (tables[name].set_index("condition") for name in ("levels", "donor_levels"))
     for table, colour, marker, label, shift in (
-        (own, PALETTE[0], "o", "the prompt's own answer", -0.1),
-        (donor, PALETTE[1], "D", "the donor's answer", 0.1),
+        (own, SERIES[0], "o", "the prompt's own answer", -0.1),
+        (donor, SERIES[1], "D", "the donor's answer", 0.1),
     ):
         shown = [(place, name) for place, name in enumerate(names) if name in table.index]
         if label.startswith("the donor"):
             shown = [(place, name) for place, name in shown if " other value " in name]
         rows = table.loc[[name for _, name in shown]]
-        values = 100 * rows["mean"].to_numpy(float)
-        spread = np.abs(np.stack([values - 100 * rows["lower"], 100 * rows["upper"] - values]))
-        axis.errorbar(
-            values, [place + shift for place, _ in shown], xerr=spread, color=colour, marker=marker, linestyle="none",
-            markersize=4, elinewidth=0.9, capsize=2, label=label,
+        draw_points(
+            axis, 100 * rows["mean"].to_numpy(float), [place + shift for place, _ in shown], label, 0,
+            across=spread(rows, scale=100), color=colour, marker=marker,
         )  # fmt: skip
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.grid(axis="y", linewidth=0.3, color="#dddddd")
+    axis.grid(axis="y", linewidth=0.3, color=GUIDE)
     axis.set(xlabel="prompts (%)", xlim=(-2, 102), title="Prompt + latents put in: whose answer comes?")
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    legend(figure, axes)
     return figure
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import sys
 import time
@@ -352,10 +351,9 @@ def write_table(folder: RunFolder, name: str, table: pd.DataFrame) -> None:
 
 def write_figure(folder: RunFolder, name: str, figure: Figure) -> None:
     """A figure as PNG and PDF under figures/."""
-    for kind in ("png", "pdf"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=200, metadata={"CreationDate": None} if kind == "pdf" else None)
-        folder.write(f"figures/{name}.{kind}", buffer.getvalue())
+    from experiments.figures.style import save
+
+    save(figure, f"figures/{name}", folder.write)
 
 
 @contextmanager

@@ -34,6 +34,9 @@ from codi.branches import BranchAnswers, Branches, EditTable, Timing, decode_bra
 from codi.cache import clone_cache
 from codi.decode import decode_answers
 from codi.rollout import feed, overrides
+from experiments.figures.heatmap import MARKS, draw_matrix, marked
+from experiments.figures.series import draw_series
+from experiments.figures.style import PALETTE, in_style, new_figure, note, save
 from experiments.statistics import effects
 from experiments.statistics.clusters import Settings
 from experiments.statistics.words import interval, markdown, p_text
@@ -235,10 +238,11 @@ class StudyFolder:
     Args:
         folder: opened by `open_study`.
         say: called with lines for a person.
+        sample: what a figure rests on, for its caption.
     """
 
-    def __init__(self, folder: RunFolder, say: Callable[[str], None]) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: RunFolder, say: Callable[[str], None], sample: str = "") -> None:
+        self.folder, self.say, self.sample = folder, say, sample
         self.parts: list[str] = []
 
     @property
@@ -278,21 +282,11 @@ class StudyFolder:
         return frame
 
     def draw(self, make: Callable[[], Mapping[str, Figure]]) -> None:
-        """Make figures in the studies' style and write each as figures/{name}.png and .pdf."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        with pyplot.rc_context(STYLE):
+        """Make figures in the one style, say below each what it rests on, write it as figures/{name}.png and .pdf."""
+        with in_style():
             for name, figure in make().items():
-                for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-                    buffer = io.BytesIO()
-                    figure.savefig(
-                        buffer, format=kind, dpi=200, bbox_inches="tight", pad_inches=0.05, metadata=metadata
-                    )
-                    self.folder.write(f"figures/{name}.{kind}", buffer.getvalue())
-                pyplot.close(figure)
+                note(figure, " ".join([self.sample, MARKS] if marked(figure) else [self.sample]))
+                save(figure, f"figures/{name}", self.folder.write)
 
     def finish(self, title: str, paragraphs: Sequence[str], claims: ClaimsTable | None = None) -> str:
         """Write the claims and summary.md; the text is what a study prints."""
@@ -340,7 +334,11 @@ def open_study(
             f"{'continuing' if known else 'starting'} {name}: {config.model}, {len(split.evaluation)} prompts in "
             f"{len({p.cluster for p in split.evaluation})} clusters"
         )
-        yield StudyFolder(folder, say)
+        sample = (
+            f"{len(split.evaluation):,} prompts in {len({p.cluster for p in split.evaluation}):,} clusters. "
+            f"Intervals: 95 % over clusters. Model: {Path(config.model).name}."
+        )
+        yield StudyFolder(folder, say, sample)
         sittings = folder.manifest().get("sittings", [])
         folder.add_to_manifest(sittings=[*sittings, {"seconds": round(time.time() - began, 1)}])
 
@@ -718,111 +716,3 @@ def effect_claim(
         int(row["n_clusters"]),
         note,
     )
-
-
-# --- Figures ----------------------------------------------------------------------------------------------------------
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6E6E6E")
-"""Okabe and Ito: can be told apart with every common colour blindness."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-PAGE_WIDTH = 6.9
-"""Inches: a figure over both columns of a paper."""
-
-
-STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-}
-
-
-def new_figure(rows: int = 1, columns: int = 1, height: float = 2.6, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of page width and `height` inches per row, with a grid of axes (always a 2-d array)."""
-    from matplotlib import pyplot
-
-    return pyplot.subplots(
-        rows, columns, figsize=(PAGE_WIDTH, height * rows), squeeze=False, layout="constrained", **options
-    )
-
-
-def draw_series(
-    axis: Any,
-    x: Sequence[float],
-    table: pd.DataFrame,
-    label: str,
-    place: int,
-    name: str = "mean",
-    scale: float = 100,
-    joined: int | None = None,
-) -> None:
-    """One series with intervals, shifted a little so that intervals do not hide each other; the first `joined` points
-    (None: all) are joined by a line."""
-    shift = 0.07 * (place % 7 - 2)
-    values = scale * table[name].to_numpy(float)
-    spread = np.abs(np.stack([values - scale * table["lower"], scale * table["upper"] - values]))
-    axis.errorbar(
-        np.asarray(x, float) + shift,
-        values,
-        yerr=spread,
-        color=PALETTE[place % len(PALETTE)],
-        marker=MARKERS[place % len(MARKERS)],
-        markersize=3.5,
-        linewidth=1.1,
-        linestyle="-" if joined is None else "none",
-        elinewidth=0.8,
-        capsize=1.5,
-        label=label,
-    )
-    if joined is not None:
-        axis.plot(np.asarray(x, float)[:joined] + shift, values[:joined], color=PALETTE[place % 7], linewidth=1.1)
-
-
-def draw_matrix(
-    axis: Any,
-    values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str,
-    form: str = ".0f",
-    signed: bool = False,
-    significant: np.ndarray | None = None,
-    bar: bool = True,
-) -> None:
-    """A heat map with its numbers in the cells (signed: blue above 0, red below); `significant` cells are bold with a
-    dot."""
-    import seaborn
-
-    finite = values[np.isfinite(values)]
-    high = (float(np.abs(finite).max()) if finite.size else 0.0) or 1.0
-    strong = np.zeros(values.shape, bool) if significant is None else significant
-    texts = [
-        [format(value, form).replace("-", "−") + ("•" if mark else "") for value, mark in zip(*line, strict=True)]
-        for line in zip(values, strong, strict=True)
-    ]
-    seaborn.heatmap(
-        values,
-        mask=~np.isfinite(values),
-        ax=axis,
-        cmap="RdBu" if signed else "viridis",
-        vmin=-high if signed else 0.0,
-        vmax=high,
-        annot=np.array(texts, dtype=object).reshape(values.shape),
-        fmt="",
-        annot_kws={"fontsize": 6.5},
-        xticklabels=list(columns),
-        yticklabels=list(rows),
-        cbar=bar,
-        cbar_kws={"fraction": 0.046, "pad": 0.02},
-    )
-    for text in axis.texts:
-        if text.get_text().endswith("•"):
-            text.set_fontweight("bold")
-    axis.set_title(title)
-    axis.tick_params(length=0, rotation=0)

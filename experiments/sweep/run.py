@@ -282,10 +282,10 @@ def conclude(folder: RunFolder, config: SweepConfig, say: Callable[[str], None])
     analysis = analyse(folder.trials(), Settings(seed=config.seed))
     write(analysis, folder.path)
     if config.plots:
-        from experiments.sweep import heatmaps as plots
+        from experiments.sweep.draw import draw
 
         say("drawing the figures")
-        plots.draw(analysis, folder.path)
+        draw(analysis, folder.path)
     print(summary(analysis, run=folder.path))
 
 

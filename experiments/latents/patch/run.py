@@ -35,6 +35,9 @@ from torch import Tensor
 
 from codi import Intervention
 from codi.rope import rotate, unrotate
+from experiments.figures.heatmap import Scale, colour_bar
+from experiments.figures.series import baseline
+from experiments.figures.style import DIVERGING, legend
 from experiments.statistics.clusters import Settings
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
@@ -667,17 +670,17 @@ def figures(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config)
         figure, axes = new_figure(1, 2, height=2.9)
         left, right = axes[0]
         level = tables["means_levels"]
-        left.axhline(100 * row_of(level, "none")["mean"], color="black", linewidth=0.9, label="unedited")
+        baseline(left, 100 * row_of(level, "none")["mean"], "unedited")
         for place, kind in enumerate(["same key", "other key", "mean", "zero", *RANDOM_FORMS]):
             rows = pd.DataFrame([row_of(level, f"{kind} {w}") for w in [*latents, "all"]])
-            draw_series(left, range(1, n + 2), rows, kind, place, joined=n)
+            control = kind == "same key"
+            draw_series(left, range(1, n + 2), rows, kind, 0 if control else place - 1, joined=n, control=control)
         left.set(xlabel="replaced latent", ylabel="accuracy (%)", title="Mean patching", ylim=(-2, None))
         left.set_xticks(range(1, n + 2), [*map(str, latents), "all"])
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) // 2)
+        legend(figure, [left])
         rows = pd.DataFrame([row_of(tables["means"], f"other key {w}", f"same key {w}") for w in [*latents, "all"]])
-        right.axhline(0, color="black", linewidth=0.9)
-        draw_series(right, range(1, n + 2), rows, "other − same", 1, name="difference", joined=n)
+        baseline(right)
+        draw_series(right, range(1, n + 2), rows, "other − same", 0, name="difference", joined=n)
         right.set(xlabel="replaced latent", ylabel="points of accuracy", title="Other key against same key")
         right.set_xticks(range(1, n + 2), [*map(str, latents), "all"])
         found["means"] = figure
@@ -686,7 +689,7 @@ def figures(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config)
         panels = ((1, "local", "Step 1 → t: t + own step 2"), (1, "propagated", "Step 1 → t: t·Z + t"),
                   (2, "local", "Step 2 → t: own step 1 + t"))  # fmt: skip
         for axis, (step, outcome, title) in zip(axes[0], panels, strict=True):
-            axis.axhline(0, color="black", linewidth=0.8)
+            baseline(axis)
             place = 0
             for scope in ("same template", "other templates"):
                 for state in ("vector", "residual"):
@@ -696,14 +699,14 @@ def figures(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config)
                     place += 1
             axis.set(xlabel="patched latent", title=title, xticks=latents)
         axes[0, 0].set_ylabel("predicted answers,\ntarget − control (points)")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        legend(figure, axes)
         found["values"] = figure
     if "interchange_donor" in tables:
         table, lost = tables["interchange_donor"], tables["interchange_correct"]
         names = [f"residual {layer}" for layer in range(1, depth)]
         names = ["vector", *names, "keys", "values", "slot", *(f"slot layer {layer}" for layer in range(1, depth + 1))]
         figure, axes = new_figure(1, 2, height=0.9 + 0.22 * len(names), sharey=True)
+        scale = Scale(-100, 100, DIVERGING)
         for axis, part, title in (
             (axes[0, 0], lost, "Change of accuracy (points)"),
             (axes[0, 1], table, "Donor's answer, above chance (points)"),
@@ -714,9 +717,10 @@ def figures(tables: dict[str, pd.DataFrame], n: int, depth: int, config: Config)
                 [100 * index["difference"].get(name, np.nan) for name in row] for row in wanted
             ])  # fmt: skip
             strong = np.array([[index["q"].get(name, 1.0) < 0.05 for name in row] for row in wanted])
-            draw_matrix(axis, values, names, ["all", *map(str, latents)], title, form="+.0f", signed=True,
-                        significant=strong)  # fmt: skip
+            draw_matrix(axis, values, names, ["all", *map(str, latents)], title, form="+.0f",
+                        significant=strong, bar=False, scale=scale)  # fmt: skip
             axis.set_xlabel("interchanged latent")
+        colour_bar(figure, scale, "points", of=axes)
         found["interchange"] = figure
     return found
 

@@ -36,6 +36,8 @@ from torch import Tensor
 
 from codi.branches import decode_branches
 from codi.decode import decode_answers, default_new_tokens
+from experiments.figures.series import from_zero
+from experiments.figures.style import legend, look
 from experiments.statistics.clusters import Settings, cluster_sums, interval_of
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
@@ -853,8 +855,7 @@ def figures(tables: dict[str, pd.DataFrame], where: pd.DataFrame, n: int, depth:
         parity = tables["parity"].set_index("quantity").loc[name]
         axis.set_title(f"{name} (even/odd: rank {parity['rank']:.0f} of {parity['divisions']:.0f})")
         axis.set(xlabel="first component", ylabel="second component")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=n)
+    legend(figure, axes)
     found["components"] = figure
 
     figure, axes = new_figure(1, 2, height=2.6)
@@ -869,20 +870,19 @@ def figures(tables: dict[str, pd.DataFrame], where: pd.DataFrame, n: int, depth:
     changed = tables["grid_changed"].set_index("condition")
     place = 0
     for space in ("kv", "embedding", "hidden"):
-        for control, look in (("direction", "-"), ("random", ":")):
+        for control, line in (("direction", "-"), ("random", ":")):
             rows = changed.loc[[f"{space} early-exit {control} {k}" for k in range(1, n + 1)]]
             right.errorbar(
                 np.arange(1, n + 1) + 0.06 * (place - 2), 100 * rows["mean"],
                 yerr=100 * np.abs(np.stack([rows["mean"] - rows["lower"], rows["upper"] - rows["mean"]])),
-                color=PALETTE[place // 2], linestyle=look, marker="os^"[place // 2], markersize=3.5, linewidth=1,
-                capsize=1.5, label=f"{space}, {'A−B' if control == 'direction' else control}",
+                **look(place // 2, control == "random"), linestyle=line, markersize=3.5, linewidth=1, capsize=1.5,
+                label=f"{space}, {'A−B' if control == 'direction' else control}",
             )  # fmt: skip
             place += 1
     right.set(xlabel="edited latent", ylabel="changed answers (%)", title="Steering, early exit, |c| 0.5 and 1",
               xticks=range(1, n + 1))  # fmt: skip
-    right.set_ylim(bottom=0)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    from_zero(right)
+    legend(figure, [right])
     found["variance-steering"] = figure
 
     figure, axes = new_figure(1, 3, height=2.6, width_ratios=[1, 1, 1.15])
@@ -899,15 +899,15 @@ def figures(tables: dict[str, pd.DataFrame], where: pd.DataFrame, n: int, depth:
             draw_series(axis, range(len(measures)), rows, name, place, scale=1)
         axis.set_xticks(range(len(measures)), [short[m] for m in measures], rotation=20, ha="right")
         axis.set_title(title)
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
     for place, name in enumerate(names):
         rows = table[table["condition"] == f"{name} direction"].set_index("measure")
         rows = rows.loc[[f"eot_{layer}" for layer in range(depth + 1)]]
         draw_series(axes[0, 2], range(depth + 1), rows, name, place, scale=1)
     axes[0, 2].set(xlabel="layer", title="Change at the end of thought (spreads)")
-    axes[0, 2].set_ylim(bottom=0)
-    handles, labels = axes[0, 2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
+    from_zero(axes[0, 2])
+    legend(figure, axes)
     found["where"] = figure
     return found
 

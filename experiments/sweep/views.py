@@ -1,0 +1,120 @@
+"""What the figures of one (space, part, timing) of a sweep are drawn from, and what their captions say.
+
+`views` splits the tables of an analysis; a `View` knows its baseline, its coefficients, the half range of its colours
+and the words below its figures. Nothing is drawn and nothing is calculated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.figures.heatmap import Scale
+from experiments.figures.style import DIVERGING
+from experiments.statistics.clusters import Settings
+from experiments.sweep.analysis import Analysis
+from experiments.sweep.pairing import FAMILY
+from experiments.sweep.summary import family_name
+
+__all__ = ["View", "pair_name", "views"]
+
+_WHEN = {
+    "early-exit": "Early exit: the baseline at latent k is the unsteered answer after k latents.",
+    "continue": "Continue: later latents are computed on the edited past.",
+    "cached": "Cached: the edit is made after all latents.",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """What the figures of one (space, part, timing) are drawn from."""
+
+    space: str
+    part: str
+    timing: str
+    cells: pd.DataFrame  # both names of every edit
+    controls: pd.DataFrame
+    marginals: pd.DataFrame
+    correlations: pd.DataFrame
+    consistency: pd.DataFrame
+    variance: pd.DataFrame
+    symmetry: pd.DataFrame
+    settings: Settings
+    notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return family_name(self.space, self.part, self.timing)
+
+    @property
+    def slug(self) -> str:
+        return f"{self.space}-{self.part}-{self.timing}"
+
+    @property
+    def sizes(self) -> list[float]:
+        """|c| of the run, ascending."""
+        return sorted(self.cells["coefficient"].abs().unique())
+
+    @property
+    def latents(self) -> list[int]:
+        return sorted(int(latent) for latent in self.cells["latent"].unique())
+
+    @property
+    def limit(self) -> float:
+        """Half the range of the diverging colours: the 98th percentile of |difference|, at least 10 points."""
+        return max(0.1, float(np.ceil(20 * self.cells["difference"].abs().quantile(0.98)) / 20))
+
+    @property
+    def scale(self) -> Scale:
+        """Colours of differences, the same in every figure of the view."""
+        return Scale(-self.limit, self.limit, DIVERGING)
+
+    def at(self, size: float) -> pd.DataFrame:
+        """Ordered pairs at c = +size."""
+        return self.cells[self.cells["coefficient"] == size]
+
+    def baseline(self, latent: int) -> pd.Series:
+        """The row of the unsteered model at a latent."""
+        rows = self.controls[(self.controls["control"] == "none") & (self.controls["latent"] == latent)]
+        return rows.iloc[0]
+
+    def caption(self, text: str, *, controls: bool = True, intervals: bool = True) -> str:
+        """The text, then how many prompts, which intervals, which controls, when the edit is made."""
+        base = self.controls[self.controls["control"] == "none"]
+        level = f"{100 * self.settings.level:g} %"
+        who = f"{int(base['n'].max())} prompts in {int(base['n_clusters'].max())} clusters."
+        how = f"Intervals: {level} bootstrap over clusters." if intervals else ""
+        draws = self.controls[self.controls["control"] == "random"]
+        what = ""
+        if controls and len(draws):
+            per_pair = int(self.cells["random_draws"].max())
+            what = f"Random control: {per_pair} Gaussian directions of equal norm per pair, position and |c|."
+        elif controls:
+            what = "No random directions were run."
+        when = _WHEN.get(self.timing, "")
+        return " ".join(part for part in (text, who, how, what, when, *self.notes) if part)
+
+
+def views(analysis: Analysis, notes: Sequence[str] = ()) -> list[View]:
+    """One `View` per (space, part, timing) that has direction cells."""
+    found: list[View] = []
+    if analysis.cells.empty:
+        return found
+    names = ("cells", "controls", "marginals", "correlations", "consistency", "variance", "symmetry")
+    for space, part, timing in analysis.cells[list(FAMILY)].drop_duplicates().itertuples(index=False):
+        tables: dict[str, Any] = {}
+        for name in names:
+            table: pd.DataFrame = getattr(analysis, name)
+            here = (table["space"] == space) & (table["part"] == part) & (table["timing"] == timing)
+            tables[name] = table[here].reset_index(drop=True)
+        found.append(View(space, part, timing, **tables, settings=analysis.settings, notes=tuple(notes)))
+    return found
+
+
+def pair_name(source: int, target: int) -> str:
+    """A pair as A−B."""
+    return f"{source}−{target}"
