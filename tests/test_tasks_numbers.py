@@ -6,6 +6,7 @@ Every row of the table is read twice, as the text of a model and as a data-set f
 from __future__ import annotations
 
 import math
+import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -259,6 +260,34 @@ def test_places_and_messages() -> None:
     assert shown("a\nb") == "'a\\nb'" and shown("\ud83c") == "'\\ud83c'"
     assert shown("x" * 99) == repr("x" * 40 + "\u2026") and shown(10**5000).startswith("1000")
     assert shown(True) == "True"
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1,",
+        "1/",
+        "1 ",
+        "1.",
+        "(",
+        "$",
+        "-",
+        "1-",
+        "\\frac{",
+        "\\boxed{",
+        "#### ",
+        "#### x 5 ",
+        "1e",
+        "2^",
+        "km2",
+        "1,234,",
+        "x_{",
+    ],
+)
+def test_long_texts_take_no_square_of_time(piece: str) -> None:
+    start = time.perf_counter()
+    answer_in(piece * 20_000), parse_number(piece * 20_000)
+    assert time.perf_counter() - start < 10  # a second or less; a square of 20,000 takes minutes
 
 
 # --- Properties ---

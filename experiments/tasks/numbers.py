@@ -29,6 +29,8 @@ __all__ = ["MAX_DIGITS", "Number", "OutOfRange", "answer_in", "as_number", "find
 MAX_DIGITS = 10_000
 """Longer numbers, and powers of ten beyond it, have no value."""
 
+_MARKERS = 100  # of a text, the last ones are looked at: more of them are noise, and would take their square in time
+
 _MINUS = "-\u2212\u2013\u2010\u2011\ufe63\uff0d"
 _DASHES = "\u2013\u2010\u2011"  # also stand between the ends of a range
 _SLASHES = ("/", "\u2044")
@@ -141,7 +143,7 @@ def answer_in(text: str, decimal_comma: bool = False) -> Number | None:
     numbers = find_numbers(text, decimal_comma)
     if not numbers:
         return None
-    for marker in reversed(list(_MARKER.finditer(text))):
+    for marker in reversed(list(_MARKER.finditer(text))[-_MARKERS:]):
         if marker[0][0] == "#":
             after = next((number for number in numbers if number.start >= marker.end()), None)
             if after is not None and not text[marker.end() : after.start].strip(" \t\r\n$*_"):
@@ -170,8 +172,8 @@ def read_number(text: str, decimal_comma: bool = False) -> Fraction:
     if not decimal_comma and (comma := _decimal_comma(field)):
         written = comma.replace(".", "").replace(",", ".")
         raise ValueError(
-            f"{shown(comma)} has a decimal comma or a group that is not three digits: write {written[:40]}, or say that "
-            "commas are decimal (decimal_comma)"
+            f"{shown(comma)} has a decimal comma or a group that is not three digits: write {written[:40]}, "
+            "or say that commas are decimal (decimal_comma)"
         )
     if len(numbers) > 1:
         raise ValueError(f"there are {len(numbers)} numbers in it")

@@ -122,7 +122,10 @@ def load_split(
     else:
         problems = load("test", None)
         fraction = min(0.5, derivation / len(problems))
-        candidates, evaluation = split_by_cluster(problems, fraction, seed)
+        try:
+            candidates, evaluation = split_by_cluster(problems, fraction, seed)
+        except ValueError as error:
+            raise ValueError(f"{task}: {error}") from None
         evaluation = _chosen(evaluation, limit, seed)
         taken = {trait for problem in evaluation for trait in _traits(problem)}
         candidates = _chosen([problem for problem in candidates if not taken & _traits(problem)], derivation, seed)

@@ -102,7 +102,7 @@ def _line(line: str, where: str) -> dict[str, str]:
 def _problem(record: Mapping[str, Any], where: str, prompt_id: str, decimal_comma: bool) -> Problem:
     question, fields = _question(record, where)
     _refuse_unread(record, question, fields, where)
-    question = question.strip().replace("  ", " ")
+    question = _bare(question).replace("  ", " ")
     answer = _answer(record, where, decimal_comma)
     steps, values = _steps(record, where, decimal_comma)
     given = record.get("ID", record.get("prompt_id", record.get("id")))
@@ -138,11 +138,16 @@ def _question(record: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ..
 
 def _text(record: Mapping[str, Any], name: str) -> bool:
     value = record.get(name)
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(_bare(value))
+
+
+def _bare(text: str) -> str:
+    """The text without blanks at its ends, or the byte-order mark of a file whose first field it was."""
+    return text.strip().lstrip("\ufeff").strip()
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value is None or (isinstance(value, str) and not _bare(value))
 
 
 def _refuse_unread(record: Mapping[str, Any], question: str, fields: tuple[str, ...], where: str) -> None:
@@ -220,7 +225,7 @@ def _twins(record: Mapping[str, Any], where: str, prompt_id: str, decimal_comma:
             continue
         if not isinstance(twin, Mapping) or not _text(twin, "prompt"):
             raise ValueError(f"{where}: {operation} has no prompt")
-        question = _whole(twin["prompt"], where, f"{operation}.prompt")
+        question = _whole(twin["prompt"], where, f"{operation}.prompt").lstrip("\ufeff")
         answer = _answer(twin, f"{where}: {operation}", decimal_comma, ("ground_truth",))
         numbers = tuple(parse_number(record.get(name), decimal_comma) for name in "XYZ")
         steps: tuple[str, ...] = ()
