@@ -1,21 +1,24 @@
 # make sweep   set up once, then the steering sweep on the shipped model -> runs/sweep
 # make test    set up once, then the tests
 # make check   ruff and mypy
+# make fuzz    thousands of broken inputs (seeded): each refused in one line or read right; summary in docs/fuzz.md
 # make bench   every benchmark in benchmarks/, results in benchmarks/results/
 # make setup   only the set-up: a virtual environment in .venv with the pinned versions
 #
-# Variables: PYTHON=python3.12 (at least 3.11), VENV=.venv, OUT=runs/sweep, SWEEP="--limit 50 …", TESTS="-k lens", JOBS=2
+# Variables: PYTHON=python3.12 (at least 3.11), VENV=.venv, OUT=runs/sweep, SWEEP="--limit 50 …", TESTS="-k lens", JOBS=2,
+#            FUZZ="--files 20000 --seed 1"
 
 VENV ?= .venv
 OUT ?= runs/sweep
 SWEEP ?=
 TESTS ?=
+FUZZ ?=
 JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; exit; }; done; echo python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: sweep test check bench setup
+.PHONY: sweep test check fuzz bench setup
 .DEFAULT_GOAL := sweep
 
 setup: $(STAMP)
@@ -37,6 +40,9 @@ test: $(STAMP)
 check: $(STAMP)
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/mypy" $(wildcard codi steering lenses experiments benchmarks)
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(VENV)/bin/python" tests/fuzz.py --out docs/fuzz.md $(FUZZ)
 
 bench: $(STAMP)
 	@set -e; for file in $(filter-out %/__init__.py,$(sort $(wildcard benchmarks/*.py))); do \

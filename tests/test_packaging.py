@@ -105,7 +105,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["sweep", "test", "check", "bench"])
+@pytest.mark.parametrize("target", ["sweep", "test", "check", "fuzz", "bench"])
 def test_make_target_sets_up_first(target: str, tmp_path: Path) -> None:
     plan = make("--dry-run", target, f"VENV={tmp_path / 'env'}")
     assert plan.returncode == 0, plan.stderr

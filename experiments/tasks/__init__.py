@@ -1,6 +1,6 @@
 """Problems to be answered: the `Problem` record, and `load_task`, which finds them by name, by file or by hub id.
 
-Generated tasks ("arithmetic", "templates") need no files; data sets are read by experiments/tasks/readers.py. Knows
+Generated tasks ("arithmetic", "templates") need no files; data sets are read by experiments/tasks/readers. Knows
 nothing about models: the sentence that a checkpoint expects after a question is passed in as `suffix`
 (`model.protocol.question_suffix`).
 """
@@ -13,12 +13,27 @@ from dataclasses import replace
 from experiments.tasks.answers import extract_answer, is_correct
 from experiments.tasks.problem import Problem
 
-__all__ = ["Problem", "TASK_NAMES", "extract_answer", "is_correct", "load_task", "split_by_cluster", "with_suffix"]
+__all__ = [
+    "Problem",
+    "STEPS_HELP",
+    "TASK_NAMES",
+    "extract_answer",
+    "is_correct",
+    "load_task",
+    "split_by_cluster",
+    "with_suffix",
+]
 
 TASK_NAMES = ("arithmetic", "templates")
 """The generated tasks; everything else is a path or a hub id."""
 ARITHMETIC_COUNT = 1000
 """Problems of task "arithmetic", which is endless, when no limit is given."""
+
+STEPS_HELP = (
+    'give every record a field \'steps\' with its equations in order, such as ["7+5=12", "12*3=36"], or one text '
+    '"<<7+5=12>> <<12*3=36>>" (in a .txt: question||<<7+5=12>> <<12*3=36>> #### 36)'
+)
+"""How a file of one's own says what its intermediate values are: for messages of studies that need them."""
 
 
 def load_task(
@@ -30,6 +45,7 @@ def load_task(
     min_steps: int | None = None,
     max_steps: int | None = None,
     reach: int | None = None,
+    decimal_comma: bool = False,
 ) -> list[Problem]:
     """Problems of a task.
 
@@ -38,7 +54,7 @@ def load_task(
             "openai/gsm8k". A hub id may carry a configuration after a colon: "openai/gsm8k:main".
         split: split of the generator ("train", "derivation", "test"; see there) or of the data set; "published" is the
             one that the published CODI evaluation of a hub data set reads. A single local file has no splits and is
-            read whole (`split_by_cluster` makes two parts of it).
+            read whole (`split_by_cluster` makes two parts of it); a split that no command asks for is refused.
         limit: number of problems; None: all (1,000 of "arithmetic"). Of a data set a random choice is taken (seeded, in
             file order), because the first records of some files share one template.
         seed: of the generator, or of that choice.
@@ -46,6 +62,7 @@ def load_task(
         min_steps, max_steps: keep problems of that many steps only; None: no bound. Problems whose steps are unknown
             are dropped if a bound is given.
         reach: keep problems in which some value (an intermediate result or the answer) is at least this; None: all.
+        decimal_comma: read "3,5" in the fields of a file or data set as 3.5, and "1.234" as 1234.
 
     Raises:
         ValueError: unknown task (the allowed ones are listed), an empty or broken file, records without answers,
@@ -62,12 +79,14 @@ def load_task(
     else:
         from experiments.tasks.readers import read_problems
 
-        problems = read_problems(task, split)
+        problems = read_problems(task, split, decimal_comma)
         if min_steps is not None or max_steps is not None:
             low, high = min_steps or 1, max_steps if max_steps is not None else float("inf")
+            known = any(problem.steps for problem in problems)
             problems = [problem for problem in problems if low <= len(problem.steps) <= high]
             if not problems:
-                raise ValueError(f"{task}: no problem has between {low} and {high} steps")
+                hint = "" if known else f", their steps are not known: {STEPS_HELP}"
+                raise ValueError(f"{task}: no problem has between {low} and {high} steps{hint}")
         if reach is not None:
             problems = [p for p in problems if max((p.answer, *p.intermediates)) >= reach]
             if not problems:
@@ -117,7 +136,10 @@ def split_by_cluster(
         group[root("cluster:" + problem.cluster)] = root("question:" + problem.question)
     groups = sorted({root("question:" + problem.question) for problem in problems})
     if len(groups) < 2:
-        raise ValueError(f"cannot split {len(problems)} problems that all belong to one cluster")
+        raise ValueError(
+            f"cannot split {len(problems)} problems that all belong to one cluster (they share their numbers or their "
+            "question): give --derivation-task, another task to derive directions from, or a file with more of them"
+        )
     random.Random(seed).shuffle(groups)
     first = set(groups[: min(max(round(fraction * len(groups)), 1), len(groups) - 1)])
     sides: tuple[list[Problem], list[Problem]] = ([], [])

@@ -18,7 +18,8 @@ class Problem:
         prompt_id: unique within its task.
         question: the text that the model reads, without protocol tokens.
         answer: the correct answer.
-        steps: equations of the written chain of thought, such as ("7+5=12", "12*3=36"); empty if unknown.
+        steps: equations of the written chain of thought, such as ("7+5=12", "12*3=36"); empty if unknown. A file gives
+            them in its field `steps` (see experiments/tasks/readers).
         cluster: problems with the same value are not independent (they share their numbers); the unit of resampling.
         template: scene or wording family.
         operation: "addition", "subtraction", "add+bring", …; empty if unknown.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.tasks import TASK_NAMES, Problem, load_task, split_by_cluster
 
@@ -74,8 +74,10 @@ def load_split(
     max_steps: int | None = None,
     reach: int | None = None,
     legacy: bool = False,
+    derivation_task: str | None = None,
+    decimal_comma: bool = False,
 ) -> Split:
-    """Load a task and split it.
+    """Load a task and split it, or take the derivation prompts from another task.
 
     A generated task has a derivation split of its own; from it whatever shares its numbers with an evaluation prompt
     is left out. A file or data set is divided by clusters, at most half of them for derivation.
@@ -86,8 +88,12 @@ def load_split(
         derivation: derivation prompts, at least 2, at most this many.
         seed: of generator, division and choice.
         suffix: appended to every question.
-        min_steps, max_steps, reach: see `load_task`.
+        min_steps, max_steps, reach: see `load_task`; of another derivation task they are not asked.
         legacy: as the seed study did, derive from the evaluation set itself.
+        derivation_task: another task to derive from, so that every prompt of `task` can be evaluated: of a generated
+            one its derivation split, of a data set with splits "train", of a file all of it; prompts that share
+            question, cluster or numbers with an evaluated one are left out. None, or the name of `task`: `task` itself.
+        decimal_comma: see `load_task`.
 
     Raises:
         ValueError: no such task, no prompts, prompts without answers, too few of them to split.
@@ -98,26 +104,57 @@ def load_split(
         raise ValueError(f"derivation must be at least 2 prompts, got {derivation}")
 
     def load(split: str, number: int | None) -> list[Problem]:
-        return load_task(task, split, number, seed, suffix, min_steps, max_steps, reach)
+        return load_task(task, split, number, seed, suffix, min_steps, max_steps, reach, decimal_comma)
 
+    other = derivation_task is not None and derivation_task != task
     if legacy:
+        if other:
+            raise ValueError(f"legacy derives from the evaluated prompts: leave derivation_task out, got {task!r}")
         evaluation = load("test", limit)
         return Split(tuple(evaluation), tuple(evaluation))
-    if task in TASK_NAMES:
+    if derivation_task is not None and other:
+        evaluation = load("test", limit)
+        candidates = _from_another(derivation_task, evaluation, derivation, seed, suffix, decimal_comma)
+    elif task in TASK_NAMES:
         evaluation = load("test", limit)
         taken = {trait for problem in evaluation for trait in _traits(problem)}
         candidates = [problem for problem in load("derivation", derivation) if not taken & _traits(problem)]
     else:
         problems = load("test", None)
         fraction = min(0.5, derivation / len(problems))
-        candidates, evaluation = split_by_cluster(problems, fraction, seed)
+        try:
+            candidates, evaluation = split_by_cluster(problems, fraction, seed)
+        except ValueError as error:
+            raise ValueError(f"{task}: {error}") from None
         evaluation = _chosen(evaluation, limit, seed)
         taken = {trait for problem in evaluation for trait in _traits(problem)}
         candidates = _chosen([problem for problem in candidates if not taken & _traits(problem)], derivation, seed)
     if len(candidates) < 2:
-        raise ValueError(f"{task}: {len(candidates)} prompts are left to derive directions from; at least 2 are needed")
+        source = derivation_task if other else task
+        advice = "another one" if other else "give --derivation-task, another task to derive them from"
+        raise ValueError(
+            f"{source}: {len(candidates)} prompts are left to derive directions from, at least 2 are needed: {advice}, "
+            "or a file with more prompts"
+        )
     check_disjoint(candidates, evaluation)
     return Split(tuple(candidates), tuple(evaluation))
+
+
+def _from_another(
+    task: str, evaluation: Sequence[Problem], number: int, seed: int, suffix: str, decimal_comma: bool
+) -> list[Problem]:
+    """At most `number` prompts of a task that share nothing with the evaluated ones (a seeded choice)."""
+    split = "derivation" if task in TASK_NAMES else "train"
+    taken = {trait for problem in evaluation for trait in _traits(problem)}
+    ids = {problem.prompt_id for problem in evaluation}
+    # Of the endless task more than asked for, because some of its prompts may share numbers with evaluated ones.
+    limit = 2 * number if task == "arithmetic" else None
+    found = [
+        replace(problem, prompt_id=f"derivation-{problem.prompt_id}") if problem.prompt_id in ids else problem
+        for problem in load_task(task, split, limit, seed, suffix, decimal_comma=decimal_comma)
+        if not taken & _traits(problem)
+    ]
+    return _chosen(found, number, seed)
 
 
 def _chosen(problems: list[Problem], number: int | None, seed: int) -> list[Problem]:
