@@ -1,0 +1,230 @@
+"""From a trial table to effects: the mean of an outcome in every condition, and paired differences between conditions.
+
+A trial table has one row per prompt, condition and draw. A *condition* is what the columns in `by` say, each with its
+own type (kind "mean", latent 3): no text that is put together and taken apart again. What does not apply to a condition
+has a fixed value (`absent`): the empty word, latent, source and target 0, draw, layer and step -1, any other number 0.
+So a contrast names only the columns that matter, and "none" is one condition, not one per latent.
+
+Draws of a prompt are averaged first; prompts of a cluster stand or fall together (see `clusters`). A prompt counts in a
+comparison if both of its conditions have it.
+
+Knows nothing about files, models, or what a condition means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api import types
+
+from experiments.statistics.clusters import Settings, bootstrap_interval, cluster_codes, cluster_sums
+from experiments.statistics.paired import benjamini_hochberg, max_statistic_p, mcnemar_p, sign_flip_p
+
+__all__ = ["Selector", "absent", "compare", "levels", "row_of", "rows_of"]
+
+Selector = Mapping[str, Any]
+"""Column -> value: the rows that have these values."""
+
+_ABSENT = {"latent": 0, "source": 0, "target": 0, "draw": -1, "layer": -1, "step": -1}
+_NUMBERS = ("n", "n_clusters", "mean")
+_EFFECTS = (*_NUMBERS, "reference_mean", "difference", "lower", "upper", "gained", "lost", "mcnemar_p", "p", "q",
+            "fwer_p")  # fmt: skip
+
+
+def absent(column: str, values: pd.Series) -> Any:
+    """What stands in a column of a trial table where it does not apply: see the top of the module."""
+    if column in _ABSENT:
+        return _ABSENT[column]
+    return 0 if types.is_numeric_dtype(values.dtype) else ""
+
+
+class _Conditions:
+    """The conditions of a trial table, and the mean of the outcome over draws for every prompt in each of them.
+
+    `keys` has one row per condition, sorted; `values` is (prompt, condition), NaN where a prompt is not there.
+    """
+
+    def __init__(self, trials: pd.DataFrame, by: Sequence[str], outcome: str) -> None:
+        self.by = list(by)
+        lacking = [name for name in (*self.by, "cluster", "prompt_id", outcome) if name not in trials]
+        if lacking or not self.by:
+            raise ValueError(f"the trials lack the columns {', '.join(lacking) or 'that name a condition'}")
+        holes = [name for name in self.by if trials[name].isna().any()]
+        if holes:
+            raise ValueError(f"the trials have missing values in {', '.join(holes)}")
+        grouped = trials.groupby(self.by, observed=True, sort=True)
+        self.keys = grouped.size().index.to_frame(index=False)
+        long = trials[["cluster", "prompt_id"]].assign(
+            condition=grouped.ngroup().to_numpy(), outcome=trials[outcome].astype(float).to_numpy()
+        )
+        means = long.groupby(["cluster", "prompt_id", "condition"], observed=True, sort=True)["outcome"].mean()
+        table = means.unstack()
+        self.values = table.to_numpy(float)
+        self.codes, self.clusters = cluster_codes(table.index.get_level_values("cluster"))
+        self._absent = {name: absent(name, trials[name]) for name in self.by}
+        self._place = {key: place for place, key in enumerate(self.keys.itertuples(index=False, name=None))}
+
+    def key(self, chosen: Selector) -> tuple[Any, ...]:
+        """The values of every column of a condition that is named by some of them."""
+        unknown = [name for name in chosen if name not in self.by]
+        if unknown:
+            raise ValueError(f"a condition is named by {', '.join(self.by)}, got {', '.join(unknown)}")
+        return tuple(chosen.get(name, self._absent[name]) for name in self.by)
+
+    def of(self, chosen: Selector) -> np.ndarray:
+        """(prompt,) values in the condition."""
+        key = self.key(chosen)
+        if key not in self._place:
+            raise ValueError(f"the trials have no {self.name(key)}")
+        return self.values[:, self._place[key]]
+
+    def name(self, key: tuple[Any, ...]) -> str:
+        """A condition for a message."""
+        return ", ".join(f"{column} {value!r}" for column, value in zip(self.by, key, strict=True))
+
+
+def _bounds(values: np.ndarray) -> tuple[float, float]:
+    """The whole range of an outcome: of a fraction 0..1, of a difference of fractions -1..1, else what was seen."""
+    low, high = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
+    return min(low, 0.0), max(high, 1.0)
+
+
+def levels(
+    trials: pd.DataFrame, by: Sequence[str], outcome: str = "correct", settings: Settings | None = None
+) -> pd.DataFrame:
+    """Mean of an outcome in every condition, with its interval.
+
+    Args:
+        trials: with the columns of `by`, prompt_id, cluster and the outcome (bool or number); draws of a prompt are
+            averaged first.
+        by: columns that name a condition.
+        outcome: column.
+        settings: resamples, level, seed.
+
+    Returns:
+        One row per condition, sorted: the columns of `by`, n (prompts), n_clusters, mean, lower, upper (bootstrap over
+        clusters).
+
+    Raises:
+        ValueError: a column that is not there, or a missing value in a column of `by`.
+    """
+    settings = settings or Settings()
+    found = _Conditions(trials, by, outcome)
+    sums, counts = cluster_sums(found.values, found.codes, len(found.clusters))
+    weights = settings.weights(len(found.clusters))
+    lower, upper = bootstrap_interval(
+        sums, counts, weights=weights, level=settings.level, bounds=_bounds(found.values)
+    )
+    return found.keys.assign(
+        n=counts.sum(1).astype(int),
+        n_clusters=(counts > 0).sum(1),
+        mean=sums.sum(1) / np.maximum(counts.sum(1), 1),
+        lower=lower,
+        upper=upper,
+    )
+
+
+def compare(
+    trials: pd.DataFrame,
+    contrasts: Sequence[tuple[Selector, Selector]],
+    by: Sequence[str],
+    outcome: str = "correct",
+    settings: Settings | None = None,
+) -> pd.DataFrame:
+    """Paired differences between conditions, over the prompts that both have; all contrasts are one family.
+
+    Args:
+        trials: as in `levels`.
+        contrasts: (condition, reference) pairs; a column of `by` that is not named is one that does not apply.
+        by: columns that name a condition.
+        outcome: column, bool or number.
+        settings: resamples, permutations, level, seed.
+
+    Returns:
+        One row per contrast: the columns of `by`, the same of the reference as reference_<column>, n, n_clusters, mean,
+        reference_mean, difference, lower, upper (bootstrap over clusters), gained and lost (prompts above and below the
+        reference), mcnemar_p (prompts taken as independent; NaN if an outcome is no truth value or has several draws),
+        p (sign flips of whole clusters: exact for truth values, else by `permutations` random flips), q
+        (Benjamini-Hochberg over the contrasts), fwer_p (step-down max-statistic over them).
+
+    Raises:
+        ValueError: a condition that the trials do not have, a column outside `by`, or no prompt in common.
+    """
+    settings = settings or Settings()
+    names = [*by, *(f"reference_{column}" for column in by)]
+    if not contrasts:
+        return pd.DataFrame({column: [] for column in (*names, *_EFFECTS)})
+    found = _Conditions(trials, by, outcome)
+    pairs = [(found.of(condition), found.of(reference)) for condition, reference in contrasts]
+    keys = [(found.key(condition), found.key(reference)) for condition, reference in contrasts]
+    both = [~np.isnan(a) & ~np.isnan(b) for a, b in pairs]
+    for (a, b), known in zip(keys, both, strict=True):
+        if not known.any():
+            raise ValueError(f"{found.name(a)} and {found.name(b)} have no prompt in common")
+    values = np.stack([np.where(known, a - b, np.nan) for (a, b), known in zip(pairs, both, strict=True)], axis=1)
+    means = np.array([(a[known].mean(), b[known].mean()) for (a, b), known in zip(pairs, both, strict=True)])
+    named = {column: [key[i] for key, _ in keys] for i, column in enumerate(by)}
+    named |= {f"reference_{column}": [key[i] for _, key in keys] for i, column in enumerate(by)}
+    return pd.DataFrame(named | _effects(values, found.codes, len(found.clusters), means, settings))
+
+
+def _effects(
+    values: np.ndarray, codes: np.ndarray, n_clusters: int, means: np.ndarray, settings: Settings
+) -> dict[str, np.ndarray]:
+    """The columns _EFFECTS from (prompt, contrast) differences, NaN where a prompt does not count, and (contrast, 2)
+    means of condition and reference."""
+    sums, counts = cluster_sums(values, codes, n_clusters)
+    weights = settings.weights(n_clusters)
+    largest = max(1.0, float(np.nanmax(np.abs(values))))
+    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=(-largest, largest))
+    gained, lost = (np.nan_to_num(values) > 1e-12).sum(0), (np.nan_to_num(values) < -1e-12).sum(0)
+    whole = np.array([np.isin(np.abs(column[~np.isnan(column)]), (0.0, 1.0)).all() for column in values.T])
+    p = np.ones(len(sums))
+    for i, row in enumerate(sums):
+        if whole[i]:
+            p[i] = sign_flip_p(np.rint(row).astype(int)[None])[0]
+        else:
+            p[i] = max_statistic_p(row[None], permutations=settings.permutations, seed=settings.seed)[0]
+    columns = (
+        counts.sum(1).astype(int), (counts > 0).sum(1), means[:, 0], means[:, 1], sums.sum(1) / counts.sum(1), lower,
+        upper, gained, lost, np.where(whole, mcnemar_p(gained, lost), np.nan), p, benjamini_hochberg(p),
+        max_statistic_p(sums, permutations=settings.permutations, seed=settings.seed),
+    )  # fmt: skip
+    return dict(zip(_EFFECTS, columns, strict=True))
+
+
+# --- Rows of a table --------------------------------------------------------------------------------------------------
+
+
+def row_of(table: pd.DataFrame, condition: Selector, reference: Selector | None = None) -> dict[str, Any]:
+    """The one row of a table of `levels` or `compare` with these values.
+
+    Args:
+        table: rows.
+        condition: column -> value; other columns may have any value.
+        reference: the same for the columns reference_<column>.
+
+    Raises:
+        ValueError: a column that the table does not have, no such row, or several.
+    """
+    chosen = dict(condition) | {f"reference_{column}": value for column, value in (reference or {}).items()}
+    unknown = [column for column in chosen if column not in table]
+    if unknown:
+        raise ValueError(f"the table has no column {', '.join(unknown)}; it has {', '.join(map(str, table.columns))}")
+    here = np.ones(len(table), bool)
+    for column, value in chosen.items():
+        here &= (table[column] == value).to_numpy(bool)
+    if here.sum() != 1:
+        wanted = ", ".join(f"{column} {value!r}" for column, value in chosen.items())
+        raise ValueError(f"one row must have {wanted}, got {here.sum()}")
+    return {str(key): value for key, value in table[here].iloc[0].items()}
+
+
+def rows_of(
+    table: pd.DataFrame, conditions: Sequence[Selector], reference: Selector | None = None
+) -> pd.DataFrame:
+    """The rows with these values, one per selector, in that order; see `row_of`."""
+    return pd.DataFrame([row_of(table, condition, reference) for condition in conditions])

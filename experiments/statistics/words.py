@@ -1,0 +1,57 @@
+"""Numbers of tables in words: an estimate with its interval, a p-value, some columns of a table as markdown.
+
+Knows nothing about what the numbers mean, or about where the text goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+__all__ = ["interval", "markdown", "p_number", "p_text"]
+
+
+def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: float = 100, digits: int = 1) -> str:
+    """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given.
+
+    Args:
+        row: with the column `name`, and lower and upper.
+        name: column of the estimate; a "difference" carries its sign.
+        scale: what the numbers are multiplied by.
+        digits: after the point.
+    """
+    sign = "+" if name == "difference" else ""
+    numbers = [f"{scale * row[key]:{sign}.{digits}f}" for key in (name, "lower", "upper")]
+    zero = {f"{value:{sign}.{digits}f}" for value in (0.0, -0.0)}
+    numbers = [f"{0:.{digits}f}" if text in zero else text.replace("-", "−") for text in numbers]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def p_text(p: float) -> str:
+    """A p-value for a sentence: "p = 0.031", "p < 0.001"."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def p_number(p: float) -> str:
+    """A p-value where its name stands already: "0.031", "1e−4"; "unknown" for NaN."""
+    if pd.isna(p):
+        return "unknown"
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-").replace("-", "−")
+
+
+def markdown(table: pd.DataFrame, columns: Mapping[str, str], formats: Mapping[str, str] | None = None) -> str:
+    """Some columns of a table as markdown.
+
+    Args:
+        table: rows.
+        columns: column -> heading.
+        formats: column -> format specification.
+    """
+    formats = formats or {}
+    lines = [f"| {' | '.join(columns.values())} |", "|" + "---|" * len(columns)]
+    for _, row in table.iterrows():
+        cells = [format(row[name], formats[name]) if name in formats else str(row[name]) for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
