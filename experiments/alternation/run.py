@@ -792,6 +792,8 @@ def _write(
     claims: ClaimsTable,
     record: dict[str, Any],
 ) -> list[Path]:
+    from experiments.study.folder import RunFolder
+
     out = config.out
     options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     manifest = {
@@ -806,7 +808,7 @@ def _write(
         table.to_csv(out / f"{name}.csv", index=False)
         (out / f"{name}.json").write_text(table.to_json(orient="records", indent=1) + "\n", encoding="utf-8")
         paths += [out / f"{name}.csv", out / f"{name}.json"]
-    paths += claims.write(out)
+    paths += claims.write(RunFolder(out).write)
     for name, figure in (("alternation", draw(result)), ("states", draw_states(observations, config.seed))):
         for ending in ("png", "pdf"):
             figure.savefig(out / f"{name}.{ending}", dpi=200)

@@ -29,7 +29,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
-from experiments.latents.necessity import number_claims
+from experiments.latents.claims import number_claims
 from experiments.study.claims import ClaimsTable
 from experiments.study.shared import (
     PALETTE,
@@ -246,7 +246,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         for name, table in tables.items():
             study.table(name, table)
         study.draw(lambda: figures(tables, trials, stopped, n))
-        claims = ClaimsTable(number_claims(tables["steps"], n))
+        claims = ClaimsTable(number_claims(lambda k: row_of(tables["steps"], str(k), str(k - 1)), n))
         text = study.finish(f"Early exit: {model.name}", words(tables, n, threshold, config), claims)
         return Result(study.path, tables, claims, text)
 

@@ -61,6 +61,7 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
 from experiments.study.folder import RunFolder
+from experiments.sweep.trials import read_trials
 
 __all__ = [
     "Analysis",
@@ -1159,7 +1160,7 @@ def load_trials(run: Path) -> pd.DataFrame:
     """
     if not run.is_dir():
         raise ValueError(f"no run folder {str(run)!r}")
-    return RunFolder(run).trials()
+    return read_trials(run)
 
 
 def write(analysis: Analysis, run: Path) -> list[Path]:
