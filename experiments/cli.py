@@ -1,17 +1,18 @@
-"""The `codi` command: one line in `COMMANDS` per subcommand, and the one way in which an entry point is run.
+"""The `codi` command: how an entry point is found, its options read, and its mistakes told.
 
-`codi <name> …` and `python -m experiments.<module> …` do the same: read a configuration dataclass with tyro and call
-`main(config)`. A study module therefore ends with
+`codi <name> …` reads the options of a subcommand (commands.py) with tyro, checks them, and only then imports what runs
+it: help and refusals wait for neither torch nor a model. `python -m experiments.<room>` and
+`python -m experiments.<room>.<module>` do the same. A module that runs a subcommand therefore ends with
 
     if __name__ == "__main__":
         from experiments.cli import run_module
 
         run_module(__name__)
 
-and offers `main(config)` beside `Config`: a dataclass, or a union of dataclasses, one per nested subcommand (`CONFIG`
-and a single dataclass named `…Config` do as well). Every field carries a docstring: it is the help text. A mistake of
-the caller (ValueError, a file that cannot be read or written, an option that cannot be parsed) is one line on stderr
-and exit code 2; Ctrl-C is exit code 130; set CODI_DEBUG=1 to see the traceback.
+and a room that is one subcommand has a `__main__.py` with the same call. Every field of the options carries a
+docstring: it is the help text. A mistake of the caller (ValueError, a file that cannot be read or written, an option
+that cannot be parsed) is one line on stderr and exit code 2; Ctrl-C is exit code 130; set CODI_DEBUG=1 to see the
+traceback.
 
 Knows nothing about models or tensors: `codi --help` and `codi --version` import neither torch nor the studies.
 """
@@ -20,46 +21,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import importlib.metadata
-import importlib.util
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["COMMANDS", "UsageError", "available", "main", "run", "run_module"]
+from experiments.commands import COMMANDS, Command, available, command_of_module
 
-# name -> (module, one line of help). Modules that are not there are not listed.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "sweep": ("experiments.sweep.run", "steer every latent pair, position and coefficient, beside random controls"),
-    "stats": ("experiments.sweep.recompute", "recompute the statistics of a run folder from its trials"),
-    "plot": ("experiments.sweep.draw", "draw the figures of a run folder"),
-    "eval": ("experiments.evaluate", "accuracy by number of latents and by mode of answering, with intervals"),
-    "train": ("experiments.train", "train a CODI model: teacher, then self-distillation"),
-    "lens": ("experiments.lens.run", "logit lens and tuned lens on latents: train, show, detect, difference, transfer"),
-    "alternation": (
-        "experiments.alternation.run",
-        "do even latents store and odd latents compute? one test, one verdict",
-    ),
-    "probes": ("experiments.latents.probes", "what a linear map reads from each latent, space and layer"),
-    "patch": ("experiments.latents.patch.run", "replace latents by means, values, other prompts' latents or noise"),
-    "necessity": ("experiments.latents.necessity", "which latents, and which subsets of them, the answer needs"),
-    "transfer": ("experiments.latents.transfer", "ablate the prompt, carry latents from one prompt to another"),
-    "pca": (
-        "experiments.latents.pca.run",
-        "principal components of latents and cache entries; where each edit's effect goes",
-    ),
-    "anchors": (
-        "experiments.latents.anchors",
-        "thought anchors: resample a latent, suppress attention, see what changes",
-    ),
-    "early-exit": ("experiments.latents.early_exit", "answer after each latent: agreement, calibration, latents saved"),
-    "findings": ("experiments.page.findings", "run every study on one model and collect what they found on one page"),
-}
+__all__ = ["COMMANDS", "UsageError", "available", "main", "run", "run_command", "run_module"]
 
 DISTRIBUTION = "codi-steering"
 
@@ -76,11 +52,6 @@ class UsageError(ValueError):
     """An option that cannot be read; the message is one line that says what was given and what is allowed."""
 
 
-def available() -> dict[str, tuple[str, str]]:
-    """The subcommands whose module is there, without importing it."""
-    return {name: entry for name, entry in COMMANDS.items() if importlib.util.find_spec(entry[0]) is not None}
-
-
 def version() -> str:
     """Version of the installed project."""
     try:
@@ -93,7 +64,7 @@ def usage() -> str:
     """The text of `codi --help`."""
     commands = available()
     width = max(map(len, commands), default=0)
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in commands.items()]
+    lines = [f"  {name:<{width}}  {one.line}" for name, one in commands.items()]
     return "\n".join(
         [
             "usage: codi [-h] [--version] COMMAND [OPTIONS]",
@@ -124,11 +95,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         commands = available()
         if name not in commands:
-            raise UsageError(f"unknown command {name!r}; allowed: {', '.join(commands)}")
-    with _one_line_errors(f"codi {name}"):
-        module = importlib.import_module(commands[name][0])
-        function, config = _entry(module)
-    run(function, config, rest, prog=f"codi {name}")
+            near = difflib.get_close_matches(name, commands, n=1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            raise UsageError(f"unknown command {name!r}{meant}; allowed: {', '.join(commands)}")
+    run_command(commands[name], rest, prog=f"codi {name}")
+
+
+def run_command(command: Command, arguments: Sequence[str] | None = None, prog: str = "") -> None:
+    """Read a subcommand's options, check them, then import what runs it and call it.
+
+    Args:
+        command: of `COMMANDS`.
+        arguments: command line without the program's name; None: that of the process.
+        prog: name shown in usage and error lines.
+    """
+    prog = prog or os.path.basename(sys.argv[0])
+    with _one_line_errors(prog):
+        options = parse(command.load_options(), sys.argv[1:] if arguments is None else arguments, prog)
+        if hasattr(options, "check_inputs"):
+            options.check_inputs()
+        command.load_function()(options)
 
 
 def run_module(name: str, arguments: Sequence[str] | None = None) -> None:
@@ -141,13 +127,19 @@ def run_module(name: str, arguments: Sequence[str] | None = None) -> None:
     if name == "__main__":
         spec = sys.modules["__main__"].__spec__
         if spec is None:  # started by path
-            file = sys.modules["__main__"].__file__ or ""
-            name = "experiments." + os.path.splitext(os.path.basename(file))[0]
+            file = Path(sys.modules["__main__"].__file__ or "").resolve()
+            name = ".".join(file.relative_to(Path(__file__).resolve().parent.parent).with_suffix("").parts)
         else:
             name = spec.name
+    name = name.removesuffix(".__main__")
+    prog = f"python -m {name}"
+    command = command_of_module(name)
+    if command is not None:
+        run_command(COMMANDS[command], arguments, prog)
+        return
     # Imported under its own name, so that its classes are the same objects for everybody.
     function, config = _entry(importlib.import_module(name))
-    run(function, config, arguments, prog=f"python -m {name}")
+    run(function, config, arguments, prog=prog)
 
 
 def run(function: Callable[[Any], object], config: Any, arguments: Sequence[str] | None = None, prog: str = "") -> None:

@@ -13,22 +13,20 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments.tasks import Problem, extract_answer, is_correct, load_task, with_suffix
+from experiments.study.modes import evaluate
+from experiments.tasks import load_task, with_suffix
+from lm.terms import AnswerMode
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
 
     from codi import CodiModel
 
 __all__ = ["Config", "accuracy_table", "evaluate", "main", "markdown"]
-
-Mode = Literal["latent", "direct", "verbal"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Config:
     """Only problems in which some value is at least this."""
     suffix: bool = True
     """Append the sentence that ended the checkpoint's training questions (question_suffix of its protocol), if any."""
-    modes: tuple[Mode, ...] = ("latent", "direct", "verbal")
+    modes: tuple[AnswerMode, ...] = ("latent", "direct", "verbal")
     """Ways of answering: after latents, directly (no thought), or after a written chain of thought."""
     latents: tuple[int, ...] | None = None
     """Numbers of latents for mode latent, 0 or more; None: 0 to the number the model was trained with."""
@@ -93,116 +91,6 @@ class Config:
             raise ValueError(f"out must end in .json or .csv, got {self.out}")
         if self.answers is not None and self.answers.suffix != ".csv":
             raise ValueError(f"answers must end in .csv, got {self.answers}")
-
-
-def evaluate(
-    model: CodiModel,
-    problems: Sequence[Problem],
-    modes: Sequence[Mode] = ("latent", "direct", "verbal"),
-    latents: Sequence[int] | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 128,
-    advance: Callable[[int], object] = lambda answers: None,
-) -> pd.DataFrame:
-    """Answer every problem under every condition.
-
-    Args:
-        model: the model.
-        problems: at least one.
-        modes: ways of answering.
-        latents: numbers of latents for mode "latent"; None: 0 to `model.n_latents`.
-        max_new_tokens: longest answer; None: the default of the mode.
-        temperature: 0 is greedy; above 0 the draws depend on `seed` and the problem's place only.
-        batch_size: problems at once, halved when memory runs out.
-        advance: called with the number of answers just made.
-
-    Returns:
-        One row per problem x condition, in the order of conditions and problems: mode, n_latents (-1 outside mode
-        "latent"), prompt_id, cluster, operation, n_steps, answer, text, prediction (NaN: none), correct, parsed.
-    """
-    import pandas as pd
-    import torch
-
-    from codi.decode import default_new_tokens
-
-    if not problems:
-        raise ValueError("evaluate needs at least one problem, got none")
-    counts = sorted(set(range(model.n_latents + 1) if latents is None else latents))
-    conditions: list[tuple[Mode, int]] = []
-    for mode in dict.fromkeys(modes):
-        conditions += [("latent", k) for k in counts] if mode == "latent" else [(mode, -1)]
-    texts: dict[tuple[Mode, int], list[str]] = {condition: [""] * len(problems) for condition in conditions}
-
-    size = batch_size
-    for mode in dict.fromkeys(modes):
-        limit = default_new_tokens(model, mode) if max_new_tokens is None else max_new_tokens
-        uniforms = None
-        if temperature > 0:
-            generator = torch.Generator().manual_seed(seed)
-            uniforms = torch.rand(len(problems), limit, generator=generator, dtype=torch.float64)
-        order = sorted(range(len(problems)), key=lambda i: -len(problems[i].question))  # the largest batch first
-        start = 0
-        while start < len(order):
-            rows = order[start : start + size]
-            drawn = None if uniforms is None else uniforms[rows]
-            try:
-                found = _answer(model, [problems[i].question for i in rows], mode, counts, limit, temperature, drawn)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise ValueError("one problem does not fit into memory: use a smaller dtype or the CPU") from None
-                size = (size + 1) // 2
-                torch.cuda.empty_cache()
-                continue
-            for condition, answers in found.items():
-                for i, text in zip(rows, answers, strict=True):
-                    texts[condition][i] = text
-                advance(len(rows))
-            start += len(rows)
-
-    records = []
-    for (mode, count), answers in texts.items():
-        for problem, text in zip(problems, answers, strict=True):
-            prediction = extract_answer(text)
-            records.append(
-                {
-                    "mode": mode,
-                    "n_latents": count,
-                    "prompt_id": problem.prompt_id,
-                    "cluster": problem.cluster or problem.prompt_id,
-                    "operation": problem.operation,
-                    "n_steps": len(problem.steps),
-                    "answer": problem.answer,
-                    "text": text,
-                    "prediction": float("nan") if prediction is None else prediction,
-                    "correct": is_correct(text, problem.answer),
-                    "parsed": prediction is not None,
-                }
-            )
-    return pd.DataFrame(records)
-
-
-def _answer(
-    model: CodiModel,
-    questions: list[str],
-    mode: Mode,
-    counts: Sequence[int],
-    limit: int,
-    temperature: float,
-    uniforms: torch.Tensor | None,
-) -> dict[tuple[Mode, int], list[str]]:
-    """Answers of one batch under all conditions of one mode."""
-    from codi.decode import decode_answers
-
-    prompt = model.prefill(model.encode(questions, thought=mode), keep=())
-    if mode != "latent":
-        return {(mode, -1): decode_answers(model, prompt, limit, temperature, uniforms=uniforms).texts}
-    thought = model.rollout(prompt, max(counts), keep=("cache",))
-    texts: dict[tuple[Mode, int], list[str]] = {}
-    for k in counts:
-        texts[mode, k] = decode_answers(model, thought.truncate(k), limit, temperature, uniforms=uniforms).texts
-    return texts
 
 
 def accuracy_table(answers: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

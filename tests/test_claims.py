@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.study.folder import RunFolder
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_table_prints_and_reads_back(tmp_path: Path) -> None:
     assert len(lines) == 2 + 2 + 1 + 1 and "5 \\| latents" in lines[2]  # the bar is escaped
     assert "-0.010 [-0.020, 0.010], n = 40 in 4 clusters" in lines[2] and "| – |" in lines[3]
     assert lines[-1] == "- S3: no such token"
-    paths = table.write(tmp_path / "new")
+    paths = table.write(RunFolder(tmp_path / "new").write)
     assert [path.name for path in paths] == ["claims.csv", "claims.json", "claims.md"]
     read = pd.read_csv(paths[0])
     assert read["name"].tolist() == ["C1", "S3"] and read["estimate"][0] == -0.0104 and math.isnan(read["estimate"][1])

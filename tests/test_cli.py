@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
+from experiments.commands import Command
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = '''
@@ -90,9 +91,12 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nested_for_tests.py").write_text(textwrap.dedent(NESTED))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
-    monkeypatch.setitem(cli.COMMANDS, "study", ("study_for_tests", "a study for the tests"))
-    monkeypatch.setitem(cli.COMMANDS, "nested", ("nested_for_tests", "another"))
-    monkeypatch.setitem(cli.COMMANDS, "later", ("module_that_is_not_there", "not yet"))
+    def command(module: str, config: str, line: str) -> Command:
+        return Command(f"{module}:{config}", f"{module}:main", line)
+
+    monkeypatch.setitem(cli.COMMANDS, "study", command("study_for_tests", "Config", "a study for the tests"))
+    monkeypatch.setitem(cli.COMMANDS, "nested", command("nested_for_tests", "CONFIG", "another"))
+    monkeypatch.setitem(cli.COMMANDS, "later", command("module_that_is_not_there", "Config", "not yet"))
     return tmp_path
 
 
@@ -245,15 +249,15 @@ def configurations(config: typing.Any) -> list[type]:
 
 @pytest.mark.parametrize("name", sorted(cli.available()))
 def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = importlib.import_module(cli.COMMANDS[name][0])
-    _, config = cli._entry(module)
-    for one in configurations(config):
+    for one in configurations(cli.COMMANDS[name].load_options()):
         assert dataclasses.is_dataclass(one) and one.__doc__ and not one.__doc__.startswith(f"{one.__name__}(")
         body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
         for here, after in zip(body, [*body[1:], None], strict=True):
             if isinstance(here, ast.AnnAssign):
                 option = ast.unparse(here.target)
                 explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                explained |= ast.unparse(here.annotation).startswith("ClassVar")  # no option
+                explained |= any(option in getattr(base, "__annotations__", {}) for base in one.__mro__[1:])
                 grouped = dataclasses.is_dataclass(typing.get_type_hints(one)[option])
                 assert explained or grouped, f"codi {name}: option {option} is not explained"
     code, out, err = codi(capsys, name, "--help")
@@ -263,7 +267,7 @@ def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("name", sorted(cli.available()))
 def test_every_study_is_also_a_module(name: str) -> None:
     """`python -m experiments.<name>` goes through the same function as `codi <name>`."""
-    spec = importlib.util.find_spec(cli.COMMANDS[name][0])
+    spec = importlib.util.find_spec(cli.COMMANDS[name].module)
     source = Path(spec.origin).read_text(encoding="utf-8")
     guard = ast.parse(source).body[-1]
     assert isinstance(guard, ast.If) and "__main__" in ast.unparse(guard.test)

@@ -17,6 +17,7 @@ from pretend_cuda import OnDevice, pretend_cuda
 from codi import LatentRollout, load_codi
 from codi.branches import Branches, EditTable, decode_branches
 from experiments.sweep.run import SweepConfig, sweep
+from experiments.sweep.trials import read_trials
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="pretends on builds of PyTorch without CUDA")
 
@@ -142,12 +143,14 @@ def test_a_sweep(tiny_checkpoint, tmp_path):
         plots=False,
         device="cpu",
     )
-    here = sweep(options, load(tiny_checkpoint)).trials()
+    here = read_trials(sweep(options, load(tiny_checkpoint)))
     with pretend_cuda():
-        there = sweep(
-            dataclasses.replace(options, out=tmp_path / "cuda", device="cuda"),
-            load(tiny_checkpoint, device="cuda"),
-        ).trials()
+        there = read_trials(
+            sweep(
+                dataclasses.replace(options, out=tmp_path / "cuda", device="cuda"),
+                load(tiny_checkpoint, device="cuda"),
+            )
+        )
     pd.testing.assert_frame_equal(there, here, rtol=1e-9)
 
 

@@ -16,8 +16,10 @@ import torch
 from codi import CodiModel
 from codi.branches import decode_branches
 from experiments.study.folder import RunFolder
+from experiments.study.thoughts import collect_means
 from experiments.sweep.grid import GridOptions, conditions, directions
-from experiments.sweep.run import SweepConfig, collect_means, sweep
+from experiments.sweep.run import SweepConfig, sweep
+from experiments.sweep.trials import read_trials
 from experiments.tasks import Problem, load_task
 from steering.interventions import branches, edit_table
 from steering.means import LatentMeans
@@ -75,7 +77,7 @@ def trials(model, case, prompts, tmp_path_factory) -> pd.DataFrame:
         legacy=True,
         part_prompts=5,
     )
-    return sweep(config, model).trials()
+    return read_trials(sweep(config, model))
 
 
 def test_means_are_those_of_the_scripts(means, case):

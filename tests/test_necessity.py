@@ -10,37 +10,41 @@ import pandas as pd
 import pytest
 from planted import planted_model, planted_split
 
-from experiments.latents.necessity import Config, name_of, run, shapley, subsets
+from experiments.latents.necessity import after, replaced, run, shapley, subsets
+from experiments.latents.options import NecessityOptions
+from experiments.statistics.effects import row_of
+from experiments.study.answers import set_of
+from experiments.study.result import Result
 
 
-def config(out: Path, **options: object) -> Config:
-    return Config(out=out, draws=1, resamples=200, permutations=200, **options)  # type: ignore[arg-type]
+def config(out: Path, **options: object) -> NecessityOptions:
+    return NecessityOptions(out=out, draws=1, resamples=200, permutations=200, **options)  # type: ignore[arg-type]
 
 
 def test_planted_latents_are_needed_and_the_others_are_not(tmp_path: Path) -> None:
     model = planted_model("latents")
     found = run(config(tmp_path / "run"), model, planted_split())
-    effects = found.tables["effects"].set_index("condition")["difference"]
+    effects = found.tables["effects"]
     for kind in ("mean", "coordinate"):  # the others lack the ballast without which the toy's layer norms break
         for latent in range(1, 7):
-            loss = effects[name_of(kind, (latent,))]
+            loss = row_of(effects, replaced(kind, (latent,)))["difference"]
             assert (loss < -0.5) == (latent in (2, 4)), (kind, latent, loss)
-    counts = found.tables["counts"].set_index("condition")["mean"]
-    assert [counts[str(k)] for k in range(7)] == [0, 0, 0, 0, 1, 1, 1]
+    assert [row_of(found.tables["counts"], after(k))["mean"] for k in range(7)] == [0, 0, 0, 0, 1, 1, 1]
     shares = found.tables["shapley"].query("kind == 'mean'").set_index("latent")
     assert sorted(shares.index[shares["q"] < 0.05]) == [2, 4]
-    assert shares["value"].sum() == pytest.approx(-effects[name_of("mean", range(1, 7))])
+    assert shares["value"].sum() == pytest.approx(-row_of(effects, replaced("mean", range(1, 7)))["difference"])
     # keeping 2 and 4 alone is enough
-    assert found.tables["levels"].set_index("condition")["mean"][name_of("mean", (1, 3, 5, 6))] == 1
+    assert row_of(found.tables["levels"], replaced("mean", (1, 3, 5, 6)))["mean"] == 1
     verdicts = {claim.name: claim.verdict for claim in found.claims or ()}
     assert verdicts["C4 (coordinate)"] == "held" and verdicts["C1 (jump)"] == "not held"
     assert sorted(p.name for p in (found.path / "figures").glob("*.png")) == ["necessity.png", "subsets.png"]
+    assert Result.read(found.path).markdown() == found.text
 
 
 def test_latents_that_carry_nothing_are_not_needed(tmp_path: Path) -> None:
     found = run(config(tmp_path / "run"), planted_model("prompt"), planted_split())
     effects = found.tables["effects"]
-    effects = effects[effects["condition"].str.startswith(("mean", "coordinate"))]
+    effects = effects[effects["kind"].isin(["mean", "coordinate"])]
     assert len(effects) == 126
     assert (effects["difference"] == 0).all() and (effects["p"] == 1).all()
     assert (found.tables["shapley"]["q"] == 1).all()
@@ -48,15 +52,15 @@ def test_latents_that_carry_nothing_are_not_needed(tmp_path: Path) -> None:
 
 def test_shapley_by_hand() -> None:
     """Two latents, right only while latent 1 or latent 2 is left: each has half of the loss of 1."""
-    outcomes = pd.DataFrame({"none": [1.0], "mean 1": [1.0], "mean 2": [1.0], "mean 1,2": [0.0]})
-    assert shapley(outcomes, "mean", 2).to_numpy().tolist() == [[0.5, 0.5]]
+    outcomes = pd.DataFrame({set_of(()): [1.0], set_of((1,)): [1.0], set_of((2,)): [1.0], set_of((1, 2)): [0.0]})
+    assert shapley(outcomes, 2).to_numpy().tolist() == [[0.5, 0.5]]
 
 
 def test_shapley_is_efficient_and_ignores_a_latent_without_effect() -> None:
     rng = np.random.default_rng(0)
     worth = {chosen: rng.random() for size in range(4) for chosen in itertools.combinations((1, 2, 4), size)}
-    columns = {name_of("mean", chosen): [worth[tuple(k for k in chosen if k != 3)]] for chosen in [(), *subsets(4)]}
-    values = shapley(pd.DataFrame(columns), "mean", 4).iloc[0]
+    columns = {set_of(chosen): [worth[tuple(k for k in chosen if k != 3)]] for chosen in [(), *subsets(4)]}
+    values = shapley(pd.DataFrame(columns), 4).iloc[0]
     assert values[3] == pytest.approx(0)
     assert values.sum() == pytest.approx(worth[()] - worth[1, 2, 4])
 

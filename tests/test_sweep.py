@@ -19,6 +19,7 @@ from codi import CodiModel
 from codi.decode import decode_answers
 from experiments import cli
 from experiments.study.folder import RunFolder
+from experiments.study.thoughts import collect_means
 from experiments.sweep.cells import cell_statistics
 from experiments.sweep.grid import (
     GridOptions,
@@ -30,7 +31,8 @@ from experiments.sweep.grid import (
     parse_pairs,
     unique_cells,
 )
-from experiments.sweep.run import SweepConfig, collect_means, make_plan, sweep, timings_of
+from experiments.sweep.run import SweepConfig, make_plan, sweep, timings_of
+from experiments.sweep.trials import read_trials
 from experiments.tasks import Problem, extract_answer, is_correct
 from experiments.tasks.split import check_disjoint, load_split
 from steering.directions import difference, generator, random_direction
@@ -60,7 +62,7 @@ def config(out: Path, **changes) -> SweepConfig:
 
 
 def frame(folder: RunFolder) -> pd.DataFrame:
-    table = folder.trials()
+    table = read_trials(folder)
     return table.astype({column: str for column in table.columns[table.dtypes == "category"]})
 
 
@@ -322,7 +324,7 @@ def test_manifest(everything, codi_model):
 def test_it_says_how_many_trials_are_coming(codi_model, tmp_path):
     lines: list[str] = []
     folder = sweep(config(tmp_path / "run"), codi_model, lines.append)
-    assert f"{len(folder.trials()):,} trials in all" in lines[0]
+    assert f"{len(read_trials(folder)):,} trials in all" in lines[0]
     sweep(config(tmp_path / "run"), codi_model, lines.append)
     assert lines[0].startswith("starting") and any(line.startswith("continuing") for line in lines)
 

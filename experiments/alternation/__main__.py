@@ -1,5 +1,5 @@
-"""`python -m experiments.alternation.run`, the same as `codi alternation`."""
+"""`python -m experiments.alternation`: the test of alternation, as `codi alternation`."""
 
 from experiments.cli import run_module
 
-run_module("experiments.alternation.run")
+run_module(__name__)

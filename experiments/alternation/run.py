@@ -680,6 +680,7 @@ def _write(
 ) -> list[Path]:
     from experiments.alternation.figures import draw, draw_states
     from experiments.figures.style import FORMATS, encode
+    from experiments.study.folder import RunFolder
 
     out = config.out
     options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
@@ -695,7 +696,7 @@ def _write(
         table.to_csv(out / f"{name}.csv", index=False)
         (out / f"{name}.json").write_text(table.to_json(orient="records", indent=1) + "\n", encoding="utf-8")
         paths += [out / f"{name}.csv", out / f"{name}.json"]
-    paths += claims.write(out)
+    paths += claims.write(RunFolder(out).write)
     for name, figure in (("alternation", draw(result)), ("states", draw_states(observations, config.seed))):
         for form in FORMATS:
             paths.append(out / f"{name}.{form}")

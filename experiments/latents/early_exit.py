@@ -30,7 +30,7 @@ from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
 from experiments.figures.style import CONTROL, FAINT, SERIES, legend
-from experiments.latents.necessity import number_claims
+from experiments.latents.claims import number_claims
 from experiments.statistics.clusters import Settings, cluster_codes, cluster_sums, interval_of
 from experiments.study.claims import ClaimsTable
 from experiments.study.shared import (
@@ -256,7 +256,7 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
         for name, table in tables.items():
             study.table(name, table)
         study.draw(lambda: figures(tables, trials, stopped, n))
-        claims = ClaimsTable(number_claims(tables["steps"], n))
+        claims = ClaimsTable(number_claims(lambda k: row_of(tables["steps"], str(k), str(k - 1)), n))
         text = study.finish(f"Early exit: {model.name}", words(tables, n, threshold, config), claims)
         return Result(study.path, tables, claims, text)
 

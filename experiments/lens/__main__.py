@@ -1,5 +1,5 @@
-"""`python -m experiments.lens.run`, the same as `codi lens`."""
+"""`python -m experiments.lens`: the lenses on latents, as `codi lens`."""
 
 from experiments.cli import run_module
 
-run_module("experiments.lens.run")
+run_module(__name__)

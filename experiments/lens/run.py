@@ -739,7 +739,7 @@ def detect(config: Detect, model: CodiModel, say: Callable[[str], None]) -> None
             summary_figure(summaries, "number_first", "share: most probable token is a number"),
         )
         claims = detection_claims(found, config.resamples, config.seed)
-        claims.write(config.out)
+        claims.write(folder.write)
     say(detection_text(found, rates, words, answers, bool(counts), config))
     if len(claims):
         say("\n" + claims.markdown())
@@ -889,7 +889,7 @@ def difference(config: Difference, model: CodiModel, say: Callable[[str], None])
         table = difference_table(model, lenses, means, bias=config.bias == "published")
         write_table(folder, "difference", table)
         claims = difference_claims(table, means.n, means.n_clusters)
-        claims.write(config.out)
+        claims.write(folder.write)
         for layer in layers:
             note = f"{sizes(problems)}."
             write_figure(folder, f"difference-layer-{layer}", difference_figure(table, layer, note))
@@ -987,7 +987,7 @@ def transfer(config: Transfer, model: CodiModel, say: Callable[[str], None]) -> 
         write_table(folder, "transfer", table)
         write_figure(folder, "transfer", transfer_figure(table, f"{sizes(problems)}."))
         claims = transfer_claims(table, trained)
-        claims.write(config.out)
+        claims.write(folder.write)
     mean = table[table["layer"] == -1]
     lines = [f"KL to the model's output, nats, mean over layers 0..{model.n_layers - 1}, {sizes(problems)}:"]
     for lens in lenses:

@@ -124,14 +124,14 @@ def run(study: Study, config: Config) -> None:
         RuntimeError: it broke off for a reason that is not the caller's.
         KeyboardInterrupt: it was interrupted.
     """
-    from experiments.cli import COMMANDS
+    from experiments.commands import COMMANDS
 
     name, *rest = study.command
     given = [*rest, *options(config, study), "--out", str(config.out / study.name)]
     folder = config.out / study.name
     print(f"\n=== codi {' '.join([name, *given])}", file=sys.stderr, flush=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", COMMANDS[name][0], *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        [sys.executable, "-m", COMMANDS[name].module, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )
     assert process.stdout is not None and process.stderr is not None
     # Progress bars come through as they are written; the end of them is kept, because an error is one line there.

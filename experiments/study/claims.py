@@ -1,8 +1,9 @@
 """Published claims as a checklist: what was claimed, what was measured here, and whether it held for this model.
 
 A study makes one `Claim` per statement, with the number that decides it, its interval and how much data is behind it,
-and collects them in a `ClaimsTable` that prints as markdown and is written as CSV and JSON. `judge` turns an interval
-into a verdict by one rule for every study: a claim is held only if the whole interval lies on the claimed side.
+and collects them in a `ClaimsTable` that prints as markdown and is written, as CSV and JSON, through the run folder.
+`judge` turns an interval into a verdict by one rule for every study: a claim is held only if the whole interval lies on
+the claimed side.
 
 Knows nothing about models, prompts or particular claims. Not a command: the studies write these tables.
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
-__all__ = ["VERDICTS", "Claim", "ClaimsTable", "Verdict", "judge"]
+__all__ = ["VERDICTS", "Claim", "ClaimsTable", "Verdict", "effect_claim", "judge"]
 
 Verdict = Literal["held", "not held", "not testable"]
 VERDICTS: tuple[Verdict, ...] = ("held", "not held", "not testable")
@@ -94,6 +95,36 @@ def judge(lower: float, upper: float, *, above: float | None = None, below: floa
     return "held" if held else "not held"
 
 
+def effect_claim(
+    name: str,
+    statement: str,
+    rule: str,
+    verdict: Verdict,
+    row: Mapping[str, Any] | pd.Series,
+    note: str = "",
+    of: str = "difference",
+) -> Claim:
+    """A claim that rests on one row of a table of levels (`of` "mean") or of paired differences.
+
+    Args:
+        name, statement, rule, verdict, note: see `Claim`; the rule is its `measured`.
+        row: with the columns `of`, lower, upper, n and n_clusters.
+        of: column of the estimate.
+    """
+    return Claim(
+        name,
+        statement,
+        rule,
+        verdict,
+        float(row[of]),
+        float(row["lower"]),
+        float(row["upper"]),
+        int(row["n"]),
+        int(row["n_clusters"]),
+        note,
+    )
+
+
 class ClaimsTable:
     """Claims in the order in which they were added; names are unique."""
 
@@ -134,22 +165,32 @@ class ClaimsTable:
         notes = [f"- {claim.name}: {claim.note}" for claim in self if claim.note]
         return "\n".join([*lines, *([""] if notes else []), *notes])
 
-    def write(self, folder: str | Path, name: str = "claims") -> list[Path]:
-        """Write `name`.csv, `name`.json (NaN as null) and `name`.md into a folder; returns their paths."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        records = [
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per claim; NaN as null."""
+        return [
             {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
             for row in map(asdict, self)
         ]
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, Any]]) -> ClaimsTable:
+        """The table whose `records` these are."""
+        names = [field.name for field in fields(Claim) if field.type == "float"]
+        return cls(
+            Claim(**{key: math.nan if value is None and key in names else value for key, value in record.items()})
+            for record in records
+        )
+
+    def write(self, write: Callable[[str, bytes], Path], name: str = "claims") -> list[Path]:
+        """Write `name`.csv, `name`.json (NaN as null) and `name`.md.
+
+        Args:
+            write: takes a name and the content and gives the path; a run folder's `write`.
+            name: of the files, without an ending.
+        """
         texts = {
             "csv": self.frame().to_csv(index=False),
-            "json": json.dumps(records, indent=2, ensure_ascii=False) + "\n",
+            "json": json.dumps(self.records(), indent=2, ensure_ascii=False) + "\n",
             "md": self.markdown() + "\n",
         }
-        paths = []
-        for ending, text in texts.items():
-            path = folder / f"{name}.{ending}"
-            path.write_text(text, encoding="utf-8")
-            paths.append(path)
-        return paths
+        return [write(f"{name}.{ending}", text.encode()) for ending, text in texts.items()]

@@ -1,31 +1,21 @@
-"""What the intervention studies share: options, run folder, rows of answers, paired tables, claims and figures.
+"""What studies that are not yet data share (see run.py): old names of options, folder and rows; and, until their rooms
+are there, row-wise interventions, forced answers, paired tables and figures.
 
-A study asks one question in many *conditions*: the same prompts, answered while something is replaced, blocked or left
-out. Its trial table has one row per prompt, condition and draw, with the columns `condition`, `draw`, `prompt_id`,
-`cluster`, `template`, `operation`, `answer`, `text`, `prediction`, `parsed`, `correct`, and what the study adds. Every
-number comes from that table: `levels` gives a mean with its clustered interval, `compare` a paired difference between
-two conditions with exact and corrected p-values (experiments/statistics).
-
-What it does not know: what is replaced and why. Used by experiments/necessity.py, patch.py, transfer.py, pca.py,
-anchors.py and early_exit.py.
+Its trial tables have one row per prompt, `condition` and `draw`. New studies use options.py, parts.py, run.py,
+answers.py, thoughts.py, experiments/statistics and experiments/figures.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -40,12 +30,13 @@ from experiments.figures.style import PALETTE, in_style, new_figure, note, save
 from experiments.statistics import effects
 from experiments.statistics.clusters import Settings
 from experiments.statistics.words import interval, markdown, p_text
-from experiments.study.claims import Claim, ClaimsTable, Verdict
-from experiments.study.folder import RunFolder, versions
-from experiments.tasks import TASK_NAMES, Problem, extract_answer, is_correct, with_suffix
-from experiments.tasks import templates as template_task
-from experiments.tasks.split import Split, load_split
-from steering.directions import generator
+from experiments.study import answers, options
+from experiments.study.claims import ClaimsTable, effect_claim
+from experiments.study.folder import RunFolder, open_run
+from experiments.study.thoughts import Bank, Thoughts, think
+from experiments.tasks import Problem
+from experiments.tasks.split import Split
+from lm.terms import Attention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,149 +75,31 @@ __all__ = [
 ]
 
 FORMAT = 1
-LEGACY_TRIPLES = 50
-"""Number triples of the published prompt set: 50 × 10 scenes × 2 operations = 1,000 prompts."""
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class StudyOptions:
-    """Options that every intervention study has."""
+class StudyOptions(options.StudyOptions):
+    """Options of the studies that are not yet data (see run.py)."""
 
-    model: str = "checkpoints/tiny"
-    """Checkpoint: a folder or a hub id such as bcywinski/codi_llama1b-answer_only."""
-    out: Path = Path("runs/study")
-    """Run folder. One that holds the same run is continued; one that holds another run is refused."""
-    task: str = "templates"
-    """Evaluation prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
-    limit: int | None = 160
-    """Number of evaluation prompts (a seeded choice); None: all."""
-    min_steps: int | None = None
-    """Only problems of at least this many steps; None: no bound. Not used for templates."""
-    max_steps: int | None = None
-    """Only problems of at most this many steps; None: no bound. Not used for templates."""
-    derivation: int = 1120
-    """Most prompts that means and donors are taken from. They share no question and no numbers with the evaluation
-    prompts (checked)."""
-    suffix: bool = True
-    """Append the sentence that ended the checkpoint's training questions, if it had one."""
-    legacy: bool = False
-    """The published protocol where numbers were published with it; what it changes is said in the study's own help."""
-    seed: int = 0
-    """Seed of prompts, draws and statistics."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA if there is any."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the weights."""
-    batch_size: int = 256
-    """Rows computed at once."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens; None: 16 for models that answer with a number, 64 for a sentence."""
-    resamples: int = 2000
-    """Bootstrap resamples of clusters behind every interval."""
-    permutations: int = 5000
-    """Random sign flips behind every family-wise p-value."""
-    base: str | None = None
-    """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
-    protocol: Literal["original", "original-eos", "answer-only"] | None = None
-    """Token order; None: what the checkpoint says or looks like."""
-    lora_alpha: float | None = None
-    """LoRA scale times rank; None: what the checkpoint says, or the published ratio."""
-    mask: Literal["carried", "published"] = "carried"
-    """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
-    rope: Literal["float32", "published"] = "float32"
-    """Rotary frequencies: kept in float32, or rounded as published runs in bfloat16 do."""
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.derivation < 2:
-            raise ValueError(f"derivation must be at least 2 prompts, got {self.derivation}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        for name in ("draws",):
-            value = getattr(self, name, 1)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    @property
-    def asked(self) -> str:
-        """What the prompts are called in a summary."""
-        return "templates (the published choice)" if self.legacy and self.task in TASK_NAMES else self.task
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"draws": 1}
 
     @property
     def settings(self) -> Settings:
         """How the statistics are computed."""
-        return Settings(resamples=self.resamples, permutations=self.permutations, seed=self.seed)
+        return self.statistics(self.seed)
 
 
-_NOT_IDENTITY = ("model", "out", "batch_size", "device", "resamples", "permutations")
-
-
-def load_model(config: StudyOptions, attention: Literal["sdpa", "eager"] = "sdpa") -> CodiModel:
+def load_model(config: StudyOptions, attention: Attention = "sdpa") -> CodiModel:
     """The model that the options name."""
-    from codi import load_codi
-
-    return load_codi(
-        config.model,
-        base=config.base,
-        protocol=config.protocol,
-        device=None if config.device == "auto" else config.device,
-        dtype=config.dtype,
-        mask=config.mask,
-        rope=config.rope,
-        lora_alpha=config.lora_alpha,
-        attention=attention,
-    )
+    return config.load(attention)
 
 
 def load_prompts(config: StudyOptions, suffix: str = "", known_steps: int = 0) -> Split:
-    """Evaluation and derivation prompts.
-
-    With `legacy` and a generated task: the template set, the published choice of the first 50 number triples (all their
-    prompts, or `limit` of them), which are also the prompts that means are taken from.
-
-    Args:
-        config: options.
-        suffix: text the checkpoint expects after every question; used unless `config.suffix` is off.
-        known_steps: the study needs prompts with at least so many known intermediate values.
-
-    Raises:
-        ValueError: as `load_split`, or prompts without the intermediate values that are needed.
-    """
-    text = suffix if config.suffix else ""
-    if config.legacy and config.task in TASK_NAMES:
-        chosen = {f"{x},{y},{z}" for x, y, z in template_task.triples()[:LEGACY_TRIPLES]}
-        problems = [problem for problem in template_task.generate(split="all") if problem.cluster in chosen]
-        if config.limit is not None and config.limit < len(problems):
-            keep = np.sort(generator(config.seed, "legacy-limit").permutation(len(problems))[: config.limit])
-            problems = [problems[i] for i in keep]
-        problems = with_suffix(problems, text)
-        split = Split(tuple(problems), tuple(problems))
-    else:
-        split = load_split(
-            config.task,
-            limit=config.limit,
-            derivation=config.derivation,
-            seed=config.seed,
-            suffix=text,
-            min_steps=None if config.task == "templates" else config.min_steps,
-            max_steps=None if config.task == "templates" else config.max_steps,
-            legacy=config.legacy,
-        )
-    if known_steps:
-        lacking = [p for p in (*split.evaluation, *split.derivation) if len(p.intermediates) < known_steps]
-        if lacking:
-            raise ValueError(
-                f"{config.task}: this study needs prompts with {known_steps} known intermediate values; "
-                f"{lacking[0].prompt_id!r} has {len(lacking[0].intermediates)}: use the task 'templates' or "
-                "prompts.json"
-            )
-    return split
+    """Evaluation and derivation prompts."""
+    return config.load_split(config.seed, suffix, known_steps)
 
 
 # --- Run folder -------------------------------------------------------------------------------------------------------
@@ -258,23 +131,12 @@ class StudyFolder:
             compute: makes it.
         """
         self.parts.append(name)
-        path = self.folder.part_path(name)
-        mark = self.folder.fingerprint.encode()
-        try:
-            found = pq.read_table(path, page_checksum_verification=True)
-        except (FileNotFoundError, pa.ArrowException, OSError, ValueError):
-            found = None
-        if found is not None and (found.schema.metadata or {}).get(b"codi-run") == mark:
-            return found.to_pandas()
-        began = time.time()
-        frame = compute().reset_index(drop=True)
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"codi-run": mark})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        self.folder.write(f"trials/part-{name}.parquet", buffer.getvalue())
-        self.say(f"  {name}: {len(frame):,} rows in {time.time() - began:.0f} s")
-        return pq.read_table(io.BytesIO(buffer.getvalue())).to_pandas()
+        if not self.folder.has_part(name, None):
+            began = time.time()
+            frame = compute().reset_index(drop=True)
+            self.folder.write_part(name, frame)
+            self.say(f"  {name}: {len(frame):,} rows in {time.time() - began:.0f} s")
+        return self.folder.read_parts([name])
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         """Write a table as {name}.csv and give it back."""
@@ -292,7 +154,7 @@ class StudyFolder:
         """Write the claims and summary.md; the text is what a study prints."""
         text = "\n\n".join([f"# {title}", *paragraphs])
         if claims is not None:
-            claims.write(self.path)
+            claims.write(self.folder.write)
             text += "\n\n## Published claims\n\n" + claims.markdown()
         figures = sorted(path.name for path in (self.path / "figures").glob("*.png"))
         text += f"\n\nTables and trials: {self.path}; figures (PNG and PDF): {', '.join(figures) or 'none'}."
@@ -316,31 +178,23 @@ def open_study(
     Raises:
         ValueError: the folder holds a run with other options, or something else.
     """
-    options = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IDENTITY}
     identity = {
         "study": name,
         "format": FORMAT,
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        "options": options.identity_of(config),
         "split": split.record(),
         "checkpoint_hash": model.checkpoint_hash,
         "protocol": model.protocol.to_dict(),
         "device": model.device.type,
     }
     say = say or (lambda line: None)
-    folder = RunFolder(config.out)
-    began = time.time()
-    with folder.open(identity, {"model": config.model, "versions": versions()}) as known:
-        say(
-            f"{'continuing' if known else 'starting'} {name}: {config.model}, {len(split.evaluation)} prompts in "
-            f"{len({p.cluster for p in split.evaluation})} clusters"
-        )
+    about = f"{len(split.evaluation)} prompts in {len({p.cluster for p in split.evaluation})} clusters"
+    with open_run(config.out, identity, model=config.model, about=about, say=say) as folder:
         sample = (
             f"{len(split.evaluation):,} prompts in {len({p.cluster for p in split.evaluation}):,} clusters. "
             f"Intervals: 95 % over clusters. Model: {Path(config.model).name}."
         )
         yield StudyFolder(folder, say, sample)
-        sittings = folder.manifest().get("sittings", [])
-        folder.add_to_manifest(sittings=[*sittings, {"seconds": round(time.time() - began, 1)}])
 
 
 @dataclass(frozen=True)
@@ -363,75 +217,6 @@ class Result:
 def stderr(line: str) -> None:
     """A line for a person, on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-# --- Latents that were thought ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Thoughts:
-    """Prompts, computed once, and what their latents were without any intervention.
-
-    Attributes:
-        problems: the prompts.
-        prefill: computed prompts, row i = problem i; studies continue from it and never change it.
-        run: the unedited rollout with its cache.
-    """
-
-    problems: tuple[Problem, ...]
-    prefill: Prefill
-    run: LatentRollout
-
-    def __len__(self) -> int:
-        return len(self.problems)
-
-
-def think(
-    model: CodiModel,
-    problems: Sequence[Problem],
-    keep: Sequence[str] = ("embeddings", "hidden_states", "keys", "values", "cache"),
-) -> Thoughts:
-    """Compute prompts and their unedited latents."""
-    prefill = model.prefill(model.encode([problem.question for problem in problems]))
-    return Thoughts(tuple(problems), prefill, model.rollout(prefill, model.n_latents, keep=tuple(keep)))
-
-
-@dataclass(frozen=True)
-class Bank:
-    """What the latents of many prompts are: the source of means and donors. All on the CPU.
-
-    Attributes:
-        problems: the prompts.
-        embeddings: (prompt, latent, d_model) z_1..z_n.
-        states: (prompt, latent 0..n, d_model) h_0..h_n.
-        hidden_states: (prompt, latent, layer, d_model).
-    """
-
-    problems: tuple[Problem, ...]
-    embeddings: Tensor
-    states: Tensor
-    hidden_states: Tensor
-
-    @classmethod
-    def collect(cls, model: CodiModel, problems: Sequence[Problem], batch_size: int = 128) -> Bank:
-        """Roll out every prompt."""
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for start in range(0, len(problems), batch_size):
-            chunk = problems[start : start + batch_size]
-            batch = model.encode([problem.question for problem in chunk])
-            run = model.rollout(batch, model.n_latents, keep=("embeddings", "hidden_states"))
-            assert run.embeddings is not None and run.hidden_states is not None
-            parts.append((run.embeddings.cpu(), run.states.cpu(), run.hidden_states.cpu()))
-        z, h, layers = (torch.cat(part) for part in zip(*parts, strict=True))
-        return cls(tuple(problems), z, h, layers)
-
-    def mean(self, members: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Means over some of the prompts: embeddings (latent, d_model), states, hidden_states."""
-        rows = torch.as_tensor(members, dtype=torch.long)
-        assert len(rows), "a mean needs at least one prompt"
-        sources = (self.embeddings, self.states, self.hidden_states)
-        embeddings, states, hidden = (x[rows].double().mean(0).to(x.dtype) for x in sources)
-        return embeddings, states, hidden
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
@@ -631,33 +416,9 @@ def divergence(before: Tensor, after: Tensor, there: Tensor) -> Tensor:
 def answer_table(
     problems: Sequence[Problem], prompt: Sequence[int] | Tensor, texts: Sequence[str], **columns: Any
 ) -> pd.DataFrame:
-    """Rows of the trial table.
-
-    Args:
-        problems: the prompts.
-        prompt: (row,) index into them.
-        texts: (row,) answers.
-        **columns: scalars or (row,) values; `condition` must be among them, `draw` is 0 if it is not.
-    """
-    rows = [int(i) for i in prompt]
-    numbers = {text: extract_answer(text) for text in set(texts)}
-    judged = {
-        key: is_correct(*key) for key in {(text, problems[i].answer) for text, i in zip(texts, rows, strict=True)}
-    }
-    frame = {
-        "prompt_id": [problems[i].prompt_id for i in rows],
-        "cluster": [problems[i].cluster or problems[i].prompt_id for i in rows],
-        "template": [problems[i].template for i in rows],
-        "operation": [problems[i].operation for i in rows],
-        "answer": [float(problems[i].answer) for i in rows],
-        "text": list(texts),
-        "prediction": [np.nan if numbers[text] is None else float(numbers[text] or 0.0) for text in texts],
-        "parsed": [numbers[text] is not None for text in texts],
-        "correct": [judged[text, problems[i].answer] for text, i in zip(texts, rows, strict=True)],
-    }
-    table = pd.DataFrame({"draw": 0, **columns, **frame}, index=range(len(rows)))
-    assert "condition" in table, "every row of a trial table belongs to a condition"
-    return table
+    """`answers.answer_table` of a study whose conditions are words; `draw` is 0 if it is not given."""
+    assert "condition" in columns, "every row of a trial table belongs to a condition"
+    return answers.answer_table(problems, prompt, texts, **{"draw": 0, **columns})
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -694,25 +455,3 @@ def rows_of(table: pd.DataFrame, conditions: Sequence[str], **chosen: Any) -> pd
     return effects.rows_of(table, [{"condition": name, **chosen} for name in conditions])
 
 
-def effect_claim(
-    name: str,
-    statement: str,
-    rule: str,
-    verdict: Verdict,
-    row: pd.Series | Mapping[str, Any],
-    note: str = "",
-    of: str = "difference",
-) -> Claim:
-    """A claim that rests on one row of a table of `levels` (of="mean") or `compare`."""
-    return Claim(
-        name,
-        statement,
-        rule,
-        verdict,
-        float(row[of]),
-        float(row["lower"]),
-        float(row["upper"]),
-        int(row["n"]),
-        int(row["n_clusters"]),
-        note,
-    )

@@ -1,5 +1,5 @@
-"""`python -m experiments.sweep.run`, the same as `codi sweep`."""
+"""`python -m experiments.sweep`: the steering sweep, as `codi sweep`."""
 
 from experiments.cli import run_module
 
-run_module("experiments.sweep.run")
+run_module(__name__)

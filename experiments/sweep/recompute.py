@@ -23,6 +23,7 @@ from experiments.statistics.clusters import Settings
 from experiments.study.folder import RunFolder
 from experiments.sweep.analysis import Analysis, analyse
 from experiments.sweep.summary import summary
+from experiments.sweep.trials import read_trials
 
 __all__ = ["Overrides", "StatsConfig", "load_trials", "main", "settings_of", "write"]
 
@@ -35,7 +36,7 @@ def load_trials(run: Path) -> pd.DataFrame:
     """
     if not run.is_dir():
         raise ValueError(f"no run folder {str(run)!r}")
-    return RunFolder(run).trials()
+    return read_trials(run)
 
 
 def write(analysis: Analysis, run: Path) -> list[Path]:

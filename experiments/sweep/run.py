@@ -19,7 +19,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,9 @@ import pandas as pd
 import tyro
 from tqdm import tqdm
 
-from experiments.study.folder import TRIAL_SCHEMA, RunFolder, versions
+from experiments.study.answers import judged
+from experiments.study.folder import RunFolder, versions
+from experiments.study.thoughts import collect_means, rollouts
 from experiments.sweep.grid import (
     TIMINGS,
     Condition,
@@ -43,18 +45,19 @@ from experiments.sweep.grid import (
     parse_numbers,
     parse_pairs,
 )
-from experiments.tasks import Problem, extract_answer, is_correct
+from experiments.sweep.trials import TRIAL_SCHEMA, read_trials
+from experiments.tasks import Problem
 from experiments.tasks.split import Split, digest, load_split
 from lm.terms import CONTROLS
 from steering.directions import SPACES, Space
 from steering.interventions import PARTS, Part
 
 if TYPE_CHECKING:
-    from codi import CodiModel, LatentRollout
+    from codi import CodiModel
     from codi.branches import EditTable
     from steering.means import ControlDraws, LatentMeans
 
-__all__ = ["CONFIG", "Plan", "SweepConfig", "collect_means", "main", "make_plan", "run_part", "sweep"]
+__all__ = ["CONFIG", "Plan", "SweepConfig", "main", "make_plan", "run_part", "sweep"]
 
 DEFAULT_MODEL = "checkpoints/tiny"
 DEFAULT_TASK = "arithmetic"
@@ -243,7 +246,7 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
     with folder.open(plan.identity(), {"config": _plain(config), **plan.record()}) as known:
         began = time.time()
         say(plan.announcement(known))
-        missing = [job for job in plan.jobs() if not folder.has_part(job.name, job.rows)]
+        missing = [job for job in plan.jobs() if not folder.has_part(job.name, TRIAL_SCHEMA, job.rows)]
         todo = sum(job.rows for job in missing)
         with tqdm(total=plan.n_trials, initial=plan.n_trials - todo, unit="trial", unit_scale=True, **_bar()) as bar:
             for space, jobs in itertools.groupby(missing, key=lambda job: job.space):
@@ -263,7 +266,7 @@ def sweep(config: SweepConfig, model: CodiModel, say: Callable[[str], None] = la
                         batch_size=config.batch_size,
                         advance=bar.update,
                     )
-                    folder.write_part(job.name, trials)
+                    folder.write_part(job.name, trials, TRIAL_SCHEMA)
         sittings = folder.manifest().get("sittings", [])
         seconds = time.time() - began
         sittings.append({"started": _when(began), "seconds": round(seconds, 1), "trials": todo, **_peak_memory(model)})
@@ -279,7 +282,7 @@ def conclude(folder: RunFolder, config: SweepConfig, say: Callable[[str], None])
     from experiments.sweep.recompute import write
     from experiments.sweep.summary import summary
 
-    analysis = analyse(folder.trials(), Settings(seed=config.seed))
+    analysis = analyse(read_trials(folder), Settings(seed=config.seed))
     write(analysis, folder.path)
     if config.plots:
         from experiments.sweep.draw import draw
@@ -489,61 +492,6 @@ def make_plan(config: SweepConfig, model: CodiModel) -> Plan:
 # --- Means ------------------------------------------------------------------------------------------------------------
 
 
-def collect_means(
-    model: CodiModel,
-    problems: Sequence[Problem],
-    *,
-    metadata: Mapping[str, str],
-    n_draws: int = 0,
-    seed: int = 0,
-    keys: str = "content",
-    batch_size: int = 32,
-) -> tuple[LatentMeans, ControlDraws | None]:
-    """Means over the latents of some prompts, and the raw draws of two controls if `n_draws` is above 0.
-
-    The split halves are made of whole clusters, in a seeded order.
-    """
-    from steering.directions import generator
-    from steering.means import DrawsAccumulator, LatentMeansAccumulator
-
-    accumulator = LatentMeansAccumulator(model)
-    collector = DrawsAccumulator(model, n_draws, seed, keys) if n_draws else None
-    clusters = sorted({problem.cluster for problem in problems})
-    order = generator(seed, "halves").permutation(len(clusters))
-    half = {cluster: int(order[place]) % 2 for place, cluster in enumerate(clusters)}
-    for start in range(0, len(problems), batch_size):
-        chunk = problems[start : start + batch_size]
-        for run, members in _rollouts(model, chunk, model.n_latents, ("embeddings", "hidden_states", "keys", "values")):
-            accumulator.update(run, [half[problem.cluster] for problem in members])
-            if collector is not None:
-                collector.update(run)
-    return accumulator.finish(metadata), collector.finish() if collector is not None else None
-
-
-def _rollouts(
-    model: CodiModel, problems: Sequence[Problem], n_latents: int, keep: Collection[str]
-) -> Iterator[tuple[LatentRollout, Sequence[Problem]]]:
-    """The rollout of all problems at once, or in halves of halves where memory does not suffice."""
-    try:
-        run = model.rollout(model.encode([problem.question for problem in problems]), n_latents, keep=keep)
-    except RuntimeError as error:
-        if not _out_of_memory(error) or len(problems) == 1:
-            raise
-        run = None
-    if run is not None:
-        yield run, problems
-        return
-    middle = len(problems) // 2
-    yield from _rollouts(model, problems[:middle], n_latents, keep)
-    yield from _rollouts(model, problems[middle:], n_latents, keep)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or ("memory" in str(error) and "alloc" in str(error))
-
-
 def _stored_means(
     folder: RunFolder, plan: Plan, space: Space, model: CodiModel, say: Callable[[str], None]
 ) -> tuple[LatentMeans, ControlDraws | None]:
@@ -609,7 +557,7 @@ def run_part(
         advance: called with the number of trials just decoded.
 
     Returns:
-        Columns of the trial table (`runs.TRIAL_SCHEMA`), condition by condition, prompts in order.
+        Columns of the trial table (`sweep.trials.TRIAL_SCHEMA`), condition by condition, prompts in order.
     """
     from codi.branches import decode_branches
     from steering.interventions import branches
@@ -618,7 +566,7 @@ def run_part(
     for condition in tried:
         by_latent.setdefault(condition.edit.latent, []).append(condition)
     blocks: list[dict[str, Any]] = []
-    for run, members in _rollouts(model, problems, n_latents, ("embeddings", "keys", "values", "cache")):
+    for run, members in rollouts(model, problems, n_latents, ("embeddings", "keys", "values", "cache")):
         for group in by_latent.values():
             answers = decode_branches(
                 model,
@@ -633,7 +581,7 @@ def run_part(
             block: dict[str, Any] = {
                 "first_token": answers.first_token.numpy(),
                 "applied_norm": answers.applied_norm.numpy(),
-                **_judged(answers.texts, members),
+                **judged(answers.texts, np.repeat([problem.answer for problem in members], len(group))),
             }
             for name in ("source", "target", "coefficient", "control", "draw", "latent", "n_latents"):
                 block[name] = np.tile(np.array([getattr(condition, name) for condition in group]), len(members))
@@ -644,22 +592,6 @@ def run_part(
             blocks.append(block)
             advance(len(answers.texts))
     return {name: np.concatenate([block[name] for block in blocks]) for name in TRIAL_SCHEMA.names}
-
-
-def _judged(texts: Sequence[str], problems: Sequence[Problem]) -> dict[str, np.ndarray]:
-    """Columns text, prediction, parsed, correct of answers that come problem by problem; each distinct pair of text and
-    answer is judged once."""
-    codes, found = pd.factorize(np.array(texts, dtype=object))
-    numbers = [extract_answer(text) for text in found]
-    prompts = np.repeat(np.arange(len(problems)), len(texts) // len(problems))
-    pairs, place = np.unique(codes * len(problems) + prompts, return_inverse=True)
-    right = [is_correct(found[pair // len(problems)], problems[pair % len(problems)].answer) for pair in pairs]
-    return {
-        "text": found[codes],
-        "prediction": np.array([np.nan if number is None else number for number in numbers])[codes],
-        "parsed": np.array([number is not None for number in numbers])[codes],
-        "correct": np.array(right)[place],
-    }
 
 
 # --- For a person -----------------------------------------------------------------------------------------------------

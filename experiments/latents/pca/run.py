@@ -61,10 +61,11 @@ from experiments.study.shared import (
     stderr,
     think,
 )
+from experiments.study.thoughts import collect_means
 from experiments.sweep.cells import cell_statistics
 from experiments.sweep.grid import GridOptions, conditions, directions
 from experiments.sweep.grid import Timing as GridTiming
-from experiments.sweep.run import collect_means, run_part
+from experiments.sweep.run import run_part
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from steering.directions import Direction, Space, difference, generator, random_direction

@@ -1,0 +1,141 @@
+"""Every subcommand of `codi`: where its options are, which function runs it, and what it is for.
+
+Options are read, explained and checked with the module of the options alone, which should import neither torch nor
+pandas; the module that runs is imported afterwards. Knows nothing about models or tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["COMMANDS", "Command", "available", "command_of_module"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        options: "module:name" of a dataclass, or of a union of dataclasses (nested subcommands).
+        run: "module:function", called with the options.
+        line: what it is for, in one line.
+    """
+
+    options: str
+    run: str
+    line: str
+
+    @property
+    def module(self) -> str:
+        """The module that runs it."""
+        return self.run.split(":")[0]
+
+    def load_options(self) -> Any:
+        """The dataclass, or union of dataclasses, of its options."""
+        return _named(self.options)
+
+    def load_function(self) -> Callable[[Any], object]:
+        """The function that runs it; imports what it needs."""
+        return _named(self.run)
+
+
+def _named(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# Modules that are not there are not listed.
+COMMANDS: dict[str, Command] = {
+    "sweep": Command(
+        "experiments.sweep.run:SweepConfig",
+        "experiments.sweep.run:main",
+        "steer every latent pair, position and coefficient, beside random controls",
+    ),
+    "stats": Command(
+        "experiments.sweep.recompute:StatsConfig",
+        "experiments.sweep.recompute:main",
+        "recompute the statistics of a run folder from its trials",
+    ),
+    "plot": Command(
+        "experiments.sweep.draw:PlotConfig",
+        "experiments.sweep.draw:main",
+        "draw the figures of a run folder",
+    ),
+    "eval": Command(
+        "experiments.evaluate:Config",
+        "experiments.evaluate:main",
+        "accuracy by number of latents and by mode of answering, with intervals",
+    ),
+    "train": Command(
+        "experiments.train:Config",
+        "experiments.train:main",
+        "train a CODI model: teacher, then self-distillation",
+    ),
+    "lens": Command(
+        "experiments.lens.run:CONFIG",
+        "experiments.lens.run:main",
+        "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
+    ),
+    "alternation": Command(
+        "experiments.alternation.run:Config",
+        "experiments.alternation.run:main",
+        "do even latents store and odd latents compute? one test, one verdict",
+    ),
+    "probes": Command(
+        "experiments.latents.probes:Config",
+        "experiments.latents.probes:main",
+        "what a linear map reads from each latent, space and layer",
+    ),
+    "patch": Command(
+        "experiments.latents.patch.run:Config",
+        "experiments.latents.patch.run:main",
+        "replace latents by means, values, other prompts' latents or noise",
+    ),
+    "necessity": Command(
+        "experiments.latents.options:NecessityOptions",
+        "experiments.latents.necessity:main",
+        "which latents, and which subsets of them, the answer needs",
+    ),
+    "transfer": Command(
+        "experiments.latents.transfer:Config",
+        "experiments.latents.transfer:main",
+        "ablate the prompt, carry latents from one prompt to another",
+    ),
+    "pca": Command(
+        "experiments.latents.pca.run:Config",
+        "experiments.latents.pca.run:main",
+        "principal components of latents and cache entries; where each edit's effect goes",
+    ),
+    "anchors": Command(
+        "experiments.latents.anchors:Config",
+        "experiments.latents.anchors:main",
+        "thought anchors: resample a latent, suppress attention, see what changes",
+    ),
+    "early-exit": Command(
+        "experiments.latents.early_exit:Config",
+        "experiments.latents.early_exit:main",
+        "answer after each latent: agreement, calibration, latents saved",
+    ),
+    "findings": Command(
+        "experiments.page.findings:Config",
+        "experiments.page.findings:main",
+        "run every study on one model and collect what they found on one page",
+    ),
+}
+
+
+def available() -> dict[str, Command]:
+    """The subcommands whose module is there, without importing it."""
+    return {name: one for name, one in COMMANDS.items() if importlib.util.find_spec(one.module) is not None}
+
+
+def command_of_module(module: str) -> str | None:
+    """The subcommand that `python -m MODULE` runs: of the module that runs it, or of the room that it is alone in."""
+    for name, one in COMMANDS.items():
+        if one.module == module or (module == f"experiments.{name}" and one.module.startswith(f"{module}.")):
+            return name
+    return None

@@ -1,0 +1,402 @@
+"""Options that commands share: one definition, one help text and one check of each, in groups that a command inherits.
+
+    @dataclass(frozen=True)
+    class NecessityOptions(StudyOptions):
+        \"\"\"Which latents, and which subsets of them, the answer needs.\"\"\"
+
+        COMMAND: ClassVar[str] = "necessity"
+
+        out: Path = Path("runs/necessity")    # another default, the same help text
+        all_subsets: bool = True
+        \"\"\"An option of its own, with its help text.\"\"\"
+
+The fields are flat, so that every option is one word on the command line. tyro shows the fields of the last base first:
+bases are therefore named from the last to be shown to the first (`StatisticsOptions, RunOptions, …, ModelOptions`).
+
+What belongs to an option beside its type and text is said once, in three sets on the class that defines the option:
+`AT_LEAST` (smallest values), `NOT_IDENTITY` (where and how fast, not what: no part of a run's identity) and `LATER` (it
+came to some commands after runs had been written: part of the identity only where it differs from its default).
+
+Imports neither torch nor pandas, and nothing that does until `load` is called: help and refusals are quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import tyro
+
+from experiments.tasks import TASK_NAMES
+from lm.terms import Attention, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
+
+if TYPE_CHECKING:
+    from codi import CodiModel
+    from experiments.statistics.clusters import Settings
+    from experiments.tasks.split import Split
+
+__all__ = [
+    "AnswerOptions",
+    "ControlOptions",
+    "DrawOptions",
+    "ModelOptions",
+    "Options",
+    "PromptOptions",
+    "PublishedPromptOptions",
+    "RunOptions",
+    "SplitOptions",
+    "StatisticsOptions",
+    "StudyOptions",
+    "TaskOptions",
+    "changed",
+    "command_line",
+    "identity_of",
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every group of options can do: check its values, once, when it is made."""
+
+    COMMAND: ClassVar[str] = ""
+    """Words after `codi` that these options belong to, such as "necessity" or "lens train"."""
+    AT_LEAST: ClassVar[Mapping[str, float]] = {}
+    """Option -> smallest value that is allowed. A command may ask for more than the group does."""
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset()
+    """Options of this class that say where or how fast, not what."""
+    IDENTITY: ClassVar[frozenset[str]] = frozenset()
+    """Options of inherited groups that decide the result of this command although they don't that of others."""
+    LATER: ClassVar[frozenset[str]] = frozenset()
+    """Options that this class (or group) got after runs of it had been written."""
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, float] = {}
+        for one in reversed(type(self).__mro__):
+            bounds |= vars(one).get("AT_LEAST", {})
+        for name, low in bounds.items():
+            value = getattr(self, name, None)
+            if value is not None and value < low:
+                allowed = f"at least {low}" if low else "0 or more"
+                raise ValueError(f"{_shown(name)} must be {allowed}, got {value}")
+
+    def check_inputs(self) -> None:
+        """Refuse what can be seen to be wrong by a look at the disk, before anything is imported or loaded.
+
+        Raises:
+            ValueError: one line: what was given and what is allowed.
+        """
+
+
+# --- Groups -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which CODI model, and how it runs. A run's identity has the hash of the weights and the device that was used."""
+
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"model", "device"})
+
+    model: str = "checkpoints/tiny"
+    """Checkpoint: a folder or a hub id such as bcywinski/codi_llama1b-answer_only."""
+    base: str | None = None
+    """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
+    protocol: ProtocolName | None = None
+    """Token order; None: what the checkpoint says or looks like."""
+    lora_alpha: float | None = None
+    """LoRA scale times rank; None: what the checkpoint says, or the published ratio."""
+    mask: Mask = "carried"
+    """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
+    rope: Rope = "float32"
+    """Rotary frequencies: kept in float32, or rounded as published runs in bfloat16 do."""
+    device: Device = "auto"
+    """Where to compute; auto: CUDA if there is any."""
+    dtype: Dtype = "float32"
+    """Number format of the model's weights."""
+
+    def load_arguments(self, attention: Attention = "sdpa") -> dict[str, Any]:
+        """Arguments of `codi.load_codi`, plain values: a model can be loaded from them in another process."""
+        return {
+            "path": self.model,
+            "base": self.base,
+            "protocol": self.protocol,
+            "device": None if self.device == "auto" else self.device,
+            "dtype": self.dtype,
+            "mask": self.mask,
+            "rope": self.rope,
+            "lora_alpha": self.lora_alpha,
+            "attention": attention,
+        }
+
+    def load(self, attention: Attention = "sdpa") -> CodiModel:
+        """The model."""
+        from codi import load_codi
+
+        return load_codi(**self.load_arguments(attention))
+
+
+@dataclass(frozen=True)
+class TaskOptions(Options):
+    """Which prompts are asked."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 1}
+    LATER: ClassVar[frozenset[str]] = frozenset({"reach"})
+
+    task: str = "templates"
+    """Evaluation prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
+    limit: int | None = 160
+    """Number of evaluation prompts (a seeded choice); None: all."""
+    min_steps: int | None = None
+    """Only problems of at least this many steps; None: no bound. Not used for templates."""
+    max_steps: int | None = None
+    """Only problems of at most this many steps; None: no bound. Not used for templates."""
+    reach: int | None = None
+    """Only problems in which some value is at least this; None: no bound. Not used for templates."""
+    suffix: bool = True
+    """Append the sentence that ended the checkpoint's training questions, if it had one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_steps is not None and self.max_steps is not None and self.min_steps > self.max_steps:
+            raise ValueError(f"min-steps must not exceed max-steps, got {self.min_steps} and {self.max_steps}")
+
+    @property
+    def asked(self) -> str:
+        """What the prompts are called in a summary."""
+        return self.task
+
+    @property
+    def bounds(self) -> dict[str, int | None]:
+        """min_steps, max_steps and reach as `load_task` and `load_split` take them."""
+        if self.task == "templates":  # one set of three steps each
+            return {"min_steps": None, "max_steps": None, "reach": None}
+        return {"min_steps": self.min_steps, "max_steps": self.max_steps, "reach": self.reach}
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", self.task)
+        if self.task not in TASK_NAMES and not hub_id and not Path(self.task).exists():
+            from experiments.tasks.readers import TASK_HELP
+
+            raise ValueError(f"unknown task {self.task!r}: no such file or folder; {TASK_HELP}")
+
+
+@dataclass(frozen=True)
+class SplitOptions(TaskOptions):
+    """Prompts of one split of a task."""
+
+    split: str = "test"
+    """Split of the task: train, derivation or test of a generated task (templates also has all); that of a folder or
+    hub data set (published: the one that the published evaluation reads). Not used for a single file."""
+
+    def load_problems(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+        """The prompts as the evaluation side of a split without a derivation side.
+
+        Args:
+            seed: of the choice.
+            question_suffix: text that the checkpoint expects after every question; not used with --no-suffix.
+            known_steps: number of intermediate values that every prompt must have.
+
+        Raises:
+            ValueError: no such task, no prompts, or prompts without the intermediate values that are needed.
+        """
+        from experiments.study.prompts import one_split
+
+        suffix = question_suffix if self.suffix else ""
+        return one_split(self.task, self.split, self.limit, seed, suffix, known_steps=known_steps, **self.bounds)
+
+
+@dataclass(frozen=True)
+class PromptOptions(TaskOptions):
+    """Prompts that are asked, and others that means and directions are taken from."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"derivation": 2}
+
+    derivation: int = 1120
+    """Most prompts that means, directions and donors are taken from. They share no question and no numbers with the
+    evaluation prompts (checked); of a file at most half of the clusters are taken."""
+
+    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+        """Evaluation and derivation prompts.
+
+        Args:
+            seed: of generator, division and choice.
+            question_suffix: text that the checkpoint expects after every question; not used with --no-suffix.
+            known_steps: number of intermediate values that every prompt must have.
+
+        Raises:
+            ValueError: as `experiments.tasks.split.load_split`, or prompts without the intermediate values that are
+                needed.
+        """
+        from experiments.study.prompts import two_splits
+
+        suffix = question_suffix if self.suffix else ""
+        return two_splits(
+            self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, **self.bounds
+        )
+
+
+@dataclass(frozen=True)
+class PublishedPromptOptions(PromptOptions):
+    """Prompts as in `PromptOptions`, or the published choice."""
+
+    legacy: bool = False
+    """The published protocol where numbers were published with it; what it changes is said in the study's own help."""
+
+    @property
+    def asked(self) -> str:
+        return "templates (the published choice)" if self.legacy and self.task in TASK_NAMES else self.task
+
+    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+        """As `PromptOptions.load_split`; with `legacy`, means are taken from the evaluation prompts themselves, and for
+        a generated task these are the published choice of templates."""
+        from experiments.study.prompts import published_split, two_splits
+
+        suffix = question_suffix if self.suffix else ""
+        if self.legacy and self.task in TASK_NAMES:
+            return published_split(self.limit, seed, suffix, known_steps)
+        return two_splits(
+            self.task, self.limit, self.derivation, seed, suffix,
+            known_steps=known_steps, legacy=self.legacy, **self.bounds,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Where a run is written, its seed, and how much is computed at once."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size"})
+
+    out: Path = Path("runs/study")
+    """Run folder. One that holds the same run is continued; one that holds another run is refused."""
+    seed: int = 0
+    """Seed of prompts, draws and statistics."""
+    batch_size: int = 256
+    """Rows computed at once."""
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        from experiments.study.manifest import check_out
+
+        if self.COMMAND:
+            check_out(self.out, self.COMMAND, identity_of(self))
+
+
+@dataclass(frozen=True)
+class AnswerOptions(Options):
+    """How an answer is written."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"max_new_tokens": 1}
+
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; None: 16 for models that answer with a number, 64 for a sentence."""
+
+
+@dataclass(frozen=True)
+class StatisticsOptions(Options):
+    """How intervals and p-values are computed from the trials."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"resamples": 100, "permutations": 100}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"resamples", "permutations", "level"})  # trials stay the same
+
+    resamples: int = 2000
+    """Bootstrap resamples of clusters behind every interval."""
+    permutations: int = 5000
+    """Random sign flips behind every family-wise p-value."""
+    level: float = 0.95
+    """Coverage of the intervals, a fraction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must lie between 0 and 1, got {self.level}")
+
+    def statistics(self, seed: int) -> Settings:
+        """The same for `experiments.statistics`."""
+        from experiments.statistics.clusters import Settings
+
+        return Settings(resamples=self.resamples, permutations=self.permutations, level=self.level, seed=seed)
+
+
+@dataclass(frozen=True)
+class DrawOptions(Options):
+    """How often what is random is drawn."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"draws": 1}
+
+    draws: int = 3
+    """Draws of every random replacement or control, seeded; use 200 for a publication."""
+
+
+@dataclass(frozen=True)
+class ControlOptions(DrawOptions):
+    """Random directions and patches that stand beside a direction."""
+
+    controls: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="random|covariance|shuffled|patch-scalar|patch-coordinate|patch-norm|none …"),
+    ] = ("random",)
+    """Controls beside the directions, seeded: norm-matched random, covariance-matched and shuffled directions, and
+    random-latent patching in three forms (embedding and hidden space); none: only the baseline."""
+    draw_norm: DrawNorm = "pair"
+    """pair: every pair has draws of its own norms; pooled: the pairs share draws of their mean norms, 15 times
+    fewer."""
+
+
+@dataclass(frozen=True)
+class StudyOptions(StatisticsOptions, AnswerOptions, RunOptions, PublishedPromptOptions, ModelOptions):
+    """What an intervention study of latents asks for: all groups but the draws."""
+
+
+# --- What is done with all of them ------------------------------------------------------------------------------------
+
+
+def identity_of(options: Options) -> dict[str, Any]:
+    """The options that decide the result, as plain JSON values: the same keys as in the manifest of a run of the study.
+
+    Left out: what `NOT_IDENTITY` names (unless the command's `IDENTITY` does), and what `LATER` names where it has the
+    default of this command.
+    """
+    outside, inside, later = (
+        frozenset().union(*(vars(one).get(name, ()) for one in type(options).__mro__))
+        for name in ("NOT_IDENTITY", "IDENTITY", "LATER")
+    )
+    found = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in outside - inside or (field.name in later and value == _default(field)):
+            continue
+        found[field.name] = str(value) if isinstance(value, Path) else list(value) if type(value) is tuple else value
+    return found
+
+
+def changed(options: Options) -> dict[str, Any]:
+    """The options that are not at their default."""
+    fields = dataclasses.fields(options)
+    return {one.name: getattr(options, one.name) for one in fields if getattr(options, one.name) != _default(one)}
+
+
+def command_line(options: Options) -> str:
+    """The command that asks for these options, as it is typed."""
+    words = ["codi", *options.COMMAND.split()]
+    for name, value in changed(options).items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{_shown(name)}")
+        else:
+            words += [f"--{_shown(name)}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def _shown(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

@@ -1,0 +1,156 @@
+"""Parts of a study as data: what is computed, by which function, from which plain values; and who computes them.
+
+A `Part` names a function of a module, plain arguments and a seed. The function gets a `Workbench`, the loaded model and
+the prompts with whatever the parts share, and gives back rows of a trial table. A part is therefore the same whoever
+runs it: this process (`run_here`), or another one, which makes a workbench of its own from a `Recipe` (`run_part`).
+An *executor* is any function like `run_here`: it takes parts that are missing and yields each with its rows, in the
+order in which they become ready; what to do with the rows is not its business.
+
+Knows nothing about files: which parts are missing is the run folder's, writing them the driver's business (run.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import pandas as pd
+import pyarrow as pa
+
+from experiments.tasks.split import Split
+
+if TYPE_CHECKING:
+    from codi import CodiModel
+
+__all__ = ["Executor", "Part", "Recipe", "Rows", "Workbench", "run_here", "run_part", "workbench_of"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Rows = pd.DataFrame | Mapping[str, Any]
+"""Rows of a trial table: a frame, or column -> values."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """From what a workbench can be made in any process; plain values that can be pickled.
+
+    Attributes:
+        load: function of a module that loads the model.
+        arguments: its arguments.
+        prompts: evaluation and derivation prompts.
+    """
+
+    load: Callable[..., CodiModel]
+    arguments: Mapping[str, Any]
+    prompts: Split
+
+
+class Workbench:
+    """What the parts of a study work with in one process.
+
+    Args:
+        model: loaded; never modified.
+        prompts: evaluation and derivation prompts.
+        recipe: how another process makes this workbench; None: it cannot (the model was handed over in memory).
+        advance: called with the number of rows that were just made.
+    """
+
+    def __init__(
+        self,
+        model: CodiModel,
+        prompts: Split,
+        recipe: Recipe | None = None,
+        advance: Callable[[int], object] = lambda rows: None,
+    ) -> None:
+        self.model, self.prompts, self.recipe, self.advance = model, prompts, recipe, advance
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def once(self, make: Callable[Concatenate[Workbench, P], T], *arguments: P.args, **options: P.kwargs) -> T:
+        """`make(self, …)`, computed the first time that it is asked for with these arguments.
+
+        Args:
+            make: function of a module; its name and arguments are what the result is found by.
+            *arguments, **options: values that can be hashed.
+        """
+        key = (make.__module__, make.__qualname__, arguments, tuple(sorted(options.items())))
+        if key not in self._made:
+            self._made[key] = make(self, *arguments, **options)
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a study.
+
+    Attributes:
+        name: unique in its study; names the part's file.
+        function: of a module, `function(bench, *, seed, **arguments) -> Rows`.
+        arguments: plain values that can be pickled; nothing that was loaded or computed.
+        seed: of everything random in the part.
+        schema: columns and types of its rows; None: whatever the function gives (then a change of columns is not
+            noticed in old run folders).
+        table: trial table that it belongs to, which may have several parts; "": a table of its name.
+        rows: how many rows it has; None: not known before.
+
+    Raises:
+        ValueError: a function that cannot be found by its name, such as a lambda.
+    """
+
+    name: str
+    function: Callable[..., Rows]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    schema: pa.Schema | None = None
+    table: str = ""
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        found: Any = importlib.import_module(self.function.__module__)
+        for word in self.function.__qualname__.split("."):
+            found = getattr(found, word, None)
+        if found is not self.function:
+            raise ValueError(f"part {self.name}: {self.function.__qualname__} must be a function of a module")
+
+    @property
+    def belongs_to(self) -> str:
+        """Name of its trial table."""
+        return self.table or self.name
+
+    def run(self, bench: Workbench) -> Rows:
+        """Compute it."""
+        return self.function(bench, seed=self.seed, **self.arguments)
+
+
+class Executor(Protocol):
+    """Computes parts, each as `run_here` does."""
+
+    def __call__(self, parts: Sequence[Part], bench: Workbench) -> Iterator[tuple[Part, Rows]]:
+        """Yield every part with its rows, in any order; `bench.recipe` is for those who work elsewhere."""
+
+
+def run_here(parts: Sequence[Part], bench: Workbench) -> Iterator[tuple[Part, Rows]]:
+    """One part after another, in this process."""
+    for part in parts:
+        yield part, part.run(bench)
+
+
+def run_part(part: Part, recipe: Recipe) -> Rows:
+    """Compute a part from the data alone: what a worker process calls. The workbench is kept for the next part."""
+    return part.run(workbench_of(recipe))
+
+
+_BENCHES: dict[str, Workbench] = {}
+
+
+def workbench_of(recipe: Recipe) -> Workbench:
+    """The workbench of this process for a recipe, made the first time that it is asked for. The last one is kept."""
+    key = hashlib.sha256(pickle.dumps(recipe)).hexdigest()
+    if key not in _BENCHES:
+        _BENCHES.clear()  # one model at a time in memory
+        _BENCHES[key] = Workbench(recipe.load(**recipe.arguments), recipe.prompts, recipe)
+    return _BENCHES[key]

@@ -1,0 +1,110 @@
+"""The prompts of a study, from plain values: one split, two disjoint ones, or the published choice.
+
+Knows nothing about options or models; what a task is and how it is divided is in experiments/tasks.
+"""
+
+from __future__ import annotations
+
+from experiments.tasks import load_task, with_suffix
+from experiments.tasks.split import Split, load_split
+
+__all__ = ["LEGACY_TRIPLES", "one_split", "published_split", "two_splits"]
+
+LEGACY_TRIPLES = 50
+"""Number triples of the published prompt set: 50 × 10 scenes × 2 operations = 1,000 prompts."""
+
+
+def one_split(
+    task: str,
+    split: str,
+    limit: int | None,
+    seed: int,
+    suffix: str,
+    *,
+    known_steps: int = 0,
+    min_steps: int | None = None,
+    max_steps: int | None = None,
+    reach: int | None = None,
+) -> Split:
+    """Prompts of one split of a task as the evaluation side; the derivation side is empty.
+
+    Args:
+        task, split, limit, seed, suffix, min_steps, max_steps, reach: see `experiments.tasks.load_task`.
+        known_steps: number of intermediate values that every prompt must have.
+
+    Raises:
+        ValueError: as `load_task`, or a prompt without so many intermediate values.
+    """
+    problems = load_task(task, split, limit, seed, suffix, min_steps, max_steps, reach)
+    return _known(Split((), tuple(problems)), known_steps, task)
+
+
+def two_splits(
+    task: str,
+    limit: int | None,
+    derivation: int,
+    seed: int,
+    suffix: str,
+    *,
+    known_steps: int = 0,
+    legacy: bool = False,
+    min_steps: int | None = None,
+    max_steps: int | None = None,
+    reach: int | None = None,
+) -> Split:
+    """Evaluation and derivation prompts that share nothing (with `legacy`: that are the same).
+
+    Args:
+        task, limit, derivation, seed, suffix, legacy, min_steps, max_steps, reach: see
+            `experiments.tasks.split.load_split`.
+        known_steps: number of intermediate values that every prompt must have.
+
+    Raises:
+        ValueError: as `load_split`, or a prompt without so many intermediate values.
+    """
+    split = load_split(
+        task,
+        limit=limit,
+        derivation=derivation,
+        seed=seed,
+        suffix=suffix,
+        min_steps=min_steps,
+        max_steps=max_steps,
+        reach=reach,
+        legacy=legacy,
+    )
+    return _known(split, known_steps, task)
+
+
+def published_split(limit: int | None, seed: int, suffix: str, known_steps: int = 0) -> Split:
+    """The template prompts of the first 50 number triples, all of them or a seeded choice, on both sides.
+
+    Args:
+        limit: number of prompts; None: all 1,000.
+        seed: of the choice.
+        suffix: appended to every question.
+        known_steps: number of intermediate values that every prompt must have.
+    """
+    import numpy as np
+
+    from experiments.tasks import templates
+    from steering.directions import generator
+
+    chosen = {f"{x},{y},{z}" for x, y, z in templates.triples()[:LEGACY_TRIPLES]}
+    problems = [problem for problem in templates.generate(split="all") if problem.cluster in chosen]
+    if limit is not None and limit < len(problems):
+        keep = np.sort(generator(seed, "legacy-limit").permutation(len(problems))[:limit])
+        problems = [problems[i] for i in keep]
+    both = tuple(with_suffix(problems, suffix))
+    return _known(Split(both, both), known_steps, "templates")
+
+
+def _known(split: Split, steps: int, task: str) -> Split:
+    """The split, if all its prompts have so many intermediate values."""
+    for problem in (*split.evaluation, *split.derivation):
+        if len(problem.intermediates) < steps:
+            raise ValueError(
+                f"{task}: this study needs prompts with {steps} known intermediate values; "
+                f"{problem.prompt_id!r} has {len(problem.intermediates)}: use the task 'templates' or prompts.json"
+            )
+    return split

@@ -1,0 +1,241 @@
+"""A study from its options to its result: the one road that every study takes.
+
+    options  ->  plan     plain values, impossible ones refused; nobody below sees the options
+             ->  parts    data; those that the run folder lacks are computed by an executor and written
+             ->  trials   tables with typed columns, read from the folder
+             ->  findings tables, figures, claims and words, from the trials alone
+             ->  result   written as result.json
+
+A `Study` is data: which options it takes, and the functions of the steps. `run_study` walks the road, from the command
+line or in a process that has the model already. Knows nothing about any particular study.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import pandas as pd
+
+from experiments.study.claims import ClaimsTable
+from experiments.study.folder import RunFolder, open_run
+from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of
+from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
+from experiments.study.result import FigureFiles, Result, Section
+from experiments.tasks.split import Split
+from lm.terms import Attention
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from codi import CodiModel
+
+__all__ = ["Findings", "Study", "fill", "read_trials", "run_study", "study_identity", "to_stderr"]
+
+FORMAT = 1
+"""Of a study's run folder; part of a run's identity."""
+
+
+O = TypeVar("O", bound=RunOptions)  # noqa: E741
+P = TypeVar("P")
+
+Trials = Mapping[str, pd.DataFrame]
+"""Trial tables by name."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study concludes from its trials.
+
+    Attributes:
+        sections: the summary in words.
+        tables: by name; written as {name}.csv.
+        figures: makes figures by name; None: there are none. Called once, while matplotlib has the project's style.
+        captions: of the figures, by name.
+        claims: published claims; None: none is in the scope of the study.
+        files: anything else that is written, by name.
+    """
+
+    sections: Sequence[Section]
+    tables: Mapping[str, pd.DataFrame]
+    figures: Callable[[], Mapping[str, Figure]] | None = None
+    captions: Mapping[str, str] = field(default_factory=dict)
+    claims: ClaimsTable | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study(Generic[O, P]):
+    """A study as data.
+
+    Attributes:
+        options: class of its options; its COMMAND is the study's name.
+        title: "Necessity of latents"; the model's name is added.
+        prompts: the prompts that the options ask for; gets the checkpoint's question suffix.
+        plan: resolves and checks options against model and prompts; gives plain values, the study's own frozen class.
+        parts: the parts of the trial tables, from the plan.
+        conclude: findings from plan and trials; sees no model.
+        attention: implementation of attention that the model must be loaded with.
+        identity: what decides the result; None: `study_identity`.
+    """
+
+    options: type[O]
+    title: str
+    prompts: Callable[[O, str], Split]
+    plan: Callable[[O, CodiModel, Split], P]
+    parts: Callable[[P], Sequence[Part]]
+    conclude: Callable[[P, Trials], Findings]
+    attention: Attention = "sdpa"
+    identity: Callable[[O, CodiModel, Split], dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its command, without `codi`."""
+        return self.options.COMMAND
+
+
+def to_stderr(line: str) -> None:
+    """A line for a person."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def study_identity(options: RunOptions, model: CodiModel, prompts: Split) -> dict[str, Any]:
+    """Everything that decides the result of a study."""
+    return {
+        "study": options.COMMAND,
+        "format": FORMAT,
+        "options": identity_of(options),
+        "split": prompts.record(),
+        "checkpoint_hash": model.checkpoint_hash,
+        "protocol": model.protocol.to_dict(),
+        "device": model.device.type,
+    }
+
+
+def run_study(
+    study: Study[O, P],
+    options: O,
+    model: CodiModel | None = None,
+    prompts: Split | None = None,
+    say: Callable[[str], None] | None = None,
+    executor: Executor = run_here,
+) -> Result:
+    """Run a study or go on with it.
+
+    Args:
+        study: which.
+        options: its options.
+        model: already loaded as the options say, with the study's attention; None: it is loaded.
+        prompts: already loaded; None: they are loaded.
+        say: called with lines for a person; None: they are dropped.
+        executor: computes the parts that are missing.
+
+    Raises:
+        ValueError: options that do not fit the model or the prompts, or a folder that holds another run.
+        OSError: the folder cannot be written.
+    """
+    assert isinstance(options, ModelOptions), f"codi {study.name}: its options lack the group ModelOptions"
+    say = say or (lambda line: None)
+    handed_over = model is not None
+    if model is None:
+        model = options.load(study.attention)
+    if prompts is None:
+        prompts = study.prompts(options, model.protocol.question_suffix)
+    plan = study.plan(options, model, prompts)
+    parts = study.parts(plan)
+    recipe = None if handed_over else Recipe(_load, options.load_arguments(study.attention), prompts)
+    bench = Workbench(model, prompts, recipe)
+    identity = (study.identity or study_identity)(options, model, prompts)
+    everyone = (*prompts.evaluation, *([] if prompts.evaluation else prompts.derivation))
+    about = f"{len(everyone)} prompts in {len({p.cluster or p.prompt_id for p in everyone})} clusters"
+    with open_run(options.out, identity, model=options.model, about=about if everyone else "", say=say) as folder:
+        try:
+            fill(folder, parts, bench, say, executor)
+        except KeyboardInterrupt:
+            say(f"\ninterrupted; finished parts are in {options.out}, the same command goes on from them")
+            raise
+        findings = study.conclude(plan, read_trials(folder, parts))
+        figures = _write(folder, findings)
+        result = Result(
+            study=study.name,
+            title=study.title,
+            command=command_line(options),
+            model=model.name,
+            path=folder.path,
+            sections=tuple(findings.sections),
+            tables=dict(findings.tables),
+            figures=figures,
+            claims=findings.claims,
+        )
+        result.write(folder.write)
+    return result
+
+
+def _load(**arguments: Any) -> CodiModel:
+    from codi import load_codi
+
+    return load_codi(**arguments)
+
+
+def fill(
+    folder: RunFolder,
+    parts: Sequence[Part],
+    bench: Workbench,
+    say: Callable[[str], None] = lambda line: None,
+    executor: Executor = run_here,
+) -> None:
+    """Compute the parts that an open folder lacks and write each as soon as it is there.
+
+    Args:
+        folder: open.
+        parts: all of them, names unique.
+        bench: what they work with.
+        say: called with a line per part.
+        executor: computes them.
+    """
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names), "two parts of a study have the same name"
+    missing = [part for part in parts if not folder.has_part(part.name, part.schema, part.rows)]
+    began = time.time()
+    for part, rows in executor(missing, bench):
+        folder.write_part(part.name, rows, part.schema)
+        n_rows = len(rows) if isinstance(rows, pd.DataFrame) else len(next(iter(rows.values())))
+        say(f"  {part.name}: {n_rows:,} rows in {time.time() - began:.0f} s")
+        began = time.time()
+
+
+def read_trials(folder: RunFolder, parts: Sequence[Part]) -> dict[str, pd.DataFrame]:
+    """The trial tables of a folder by name, each from its parts in their order."""
+    tables: dict[str, list[str]] = {}
+    for part in parts:
+        tables.setdefault(part.belongs_to, []).append(part.name)
+    return {name: folder.read_parts(members) for name, members in tables.items()}
+
+
+def _write(folder: RunFolder, findings: Findings) -> tuple[FigureFiles, ...]:
+    """Tables, figures, claims and other files of a study."""
+    for name, table in findings.tables.items():
+        folder.write_table(name, table)
+    for name, content in findings.files.items():
+        folder.write(name, content)
+    if findings.claims is not None:
+        findings.claims.write(folder.write)
+    if findings.figures is None:
+        return ()
+    from experiments.figures.style import in_style, save
+
+    with in_style():
+        drawn = findings.figures()
+        odd = findings.captions.keys() - drawn.keys()
+        assert not odd, f"captions of figures that are not there: {', '.join(sorted(odd))}"
+        return tuple(
+            FigureFiles(
+                name,
+                tuple(str(path.relative_to(folder.path)) for path in save(figure, f"figures/{name}", folder.write)),
+                findings.captions.get(name, ""),
+            )
+            for name, figure in drawn.items()
+        )
