@@ -12,21 +12,19 @@ from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
 from codi.decode import decode_answers
+from codi.forced import divergence, forced
 from experiments.study.shared import (
-    ReplaceRows,
     StudyOptions,
     answer_rows,
     answer_table,
     compare,
-    divergence,
-    forced,
     levels,
     load_prompts,
     open_study,
-    replace_embeddings,
     think,
 )
 from experiments.sweep.cells import Settings
+from steering.replacements import ReplaceRows, replace_embeddings
 
 QUICK = Settings(resamples=200, permutations=200)
 

@@ -29,6 +29,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
+from codi.forced import forced
 from experiments.latents.necessity import number_claims
 from experiments.study.claims import ClaimsTable
 from experiments.study.shared import (
@@ -38,7 +39,6 @@ from experiments.study.shared import (
     answer_table,
     compare,
     draw_series,
-    forced,
     interval,
     levels,
     load_model,

@@ -49,7 +49,6 @@ from experiments.study.shared import (
     new_figure,
     open_study,
     p_text,
-    replace_embeddings,
     row_of,
     stderr,
     think,
@@ -58,6 +57,7 @@ from experiments.sweep.cells import Settings
 from experiments.sweep.run import collect_means
 from experiments.tasks.split import Split
 from steering.directions import generator, patch_coordinate, patch_norm, patch_scalar
+from steering.replacements import replace_embeddings
 
 if TYPE_CHECKING:
     from codi import CodiModel

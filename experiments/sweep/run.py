@@ -32,11 +32,8 @@ from tqdm import tqdm
 
 from experiments.study.folder import TRIAL_SCHEMA, RunFolder, versions
 from experiments.sweep.grid import (
-    CONTROLS,
-    TIMINGS,
     Condition,
     GridOptions,
-    Timing,
     conditions,
     directions,
     parse_choices,
@@ -46,12 +43,11 @@ from experiments.sweep.grid import (
 )
 from experiments.tasks import Problem, extract_answer, is_correct
 from experiments.tasks.split import Split, digest, load_split
-from steering.directions import SPACES, Space
-from steering.interventions import PARTS, Part
+from lm.terms import CONTROLS, PARTS, SPACES, TIMINGS, Part, Space, Timing
 
 if TYPE_CHECKING:
     from codi import CodiModel, LatentRollout
-    from codi.branches import EditTable
+    from codi.edits import EditTable
     from steering.means import ControlDraws, LatentMeans
 
 __all__ = ["CONFIG", "Plan", "SweepConfig", "collect_means", "main", "make_plan", "run_part", "sweep"]
