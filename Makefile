@@ -36,7 +36,7 @@ test: $(STAMP)
 
 check: $(STAMP)
 	"$(VENV)/bin/ruff" check .
-	"$(VENV)/bin/mypy" $(wildcard codi steering lenses experiments benchmarks)
+	"$(VENV)/bin/mypy" $(wildcard lm codi steering lenses experiments benchmarks)
 
 bench: $(STAMP)
 	@set -e; for file in $(filter-out %/__init__.py,$(sort $(wildcard benchmarks/*.py))); do \
