@@ -39,7 +39,7 @@ test: $(STAMP)
 
 check: $(STAMP)
 	"$(VENV)/bin/ruff" check .
-	"$(VENV)/bin/mypy" $(wildcard codi steering lenses experiments benchmarks)
+	"$(VENV)/bin/mypy" $(wildcard lm codi steering lenses experiments benchmarks)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(VENV)/bin/python" tests/fuzz.py --out docs/fuzz.md $(FUZZ)

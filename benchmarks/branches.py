@@ -37,9 +37,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from codi import CodiModel, LatentRollout, Projection, Protocol, load_codi
-from codi.branches import BranchAnswers, Branches, EditTable, decode_branches
-from codi.rollout import EncodedBatch
+from codi.branches import BranchAnswers, decode_branches
+from codi.edits import Branches, EditTable
 from codi.rope import rotate, unrotate
+from lm.text import EncodedBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "branches.json"

@@ -26,13 +26,14 @@ import torch
 
 from codi import branches
 from experiments.sweep import run as sweep
+from lm.terms import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.json"
-ENGINES: tuple[branches.Engine, ...] = ("shared", "clones")
+ENGINES: tuple[Engine, ...] = ("shared", "clones")
 
 
-def timed(engine: branches.Engine, limit: int, out: Path) -> tuple[float, pd.DataFrame]:
+def timed(engine: Engine, limit: int, out: Path) -> tuple[float, pd.DataFrame]:
     """Wall time (s) of one sweep with an engine, and its trials in a fixed order."""
     config = sweep.SweepConfig(model=str(ROOT / "checkpoints" / "tiny"), limit=limit, out=out)
     decode = functools.partial(branches.decode_branches, engine=engine)

@@ -1,12 +1,8 @@
 """CODI models: latent reasoning steps, their states and cache entries, in the open.
 
-Glossary, used by every package of this repository. Axes, always in this order::
+Glossary of latents (axes, layers, positions and units are those of `lm`). One more axis, between batch and layer::
 
-    batch       prompts
     latent      latents 1..n; index k - 1 of an axis belongs to latent k
-    layer       hidden states: 0..n_layers, 0 = what enters the first block, n_layers = last state, after the final norm
-                (never norm it again); keys and values: one entry per block, index l belongs to block l + 1
-    head, kv_head, d_head, d_model, vocab
 
 Quantities::
 
@@ -27,32 +23,63 @@ latent-pair steering plots                     latent k                         
 tuned-lens training of the same                index k - 1 (0-based)               latent k
 =============================================  ==================================  =====================
 
-Units: probabilities and accuracies are fractions; entropies, divergences and log-probabilities are in nats;
-coefficients are multiples of one mean difference.
+Coefficients are multiples of one mean difference.
+
+Names are loaded when they are first asked for, so `import codi` and `import codi.protocol` do not import torch.
 """
 
-from codi.checkpoint import KNOWN, CheckpointError, load_codi, save_checkpoint
-from codi.decode import Answers, decode_answers
-from codi.model import CodiModel, Projection
-from codi.protocol import Protocol, UserError
-from codi.rollout import EncodedBatch, Intervention, LatentRollout, Prefill
+from typing import TYPE_CHECKING
+
+from lm.lazy import exports
+
+if TYPE_CHECKING:
+    from codi.checkpoint import KNOWN, CheckpointError, load_codi, save_checkpoint
+    from codi.decode import decode_answers
+    from codi.forced import divergence
+    from codi.model import CodiModel
+    from codi.parts import Parts, Projection
+    from codi.protocol import Protocol, UserError
+    from codi.rollout import Intervention, LatentRollout, Prefill
+    from lm.text import EncodedBatch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KNOWN",
-    "Answers",
     "CheckpointError",
     "CodiModel",
     "EncodedBatch",
     "Intervention",
     "LatentRollout",
+    "Parts",
     "Prefill",
     "Projection",
     "Protocol",
     "UserError",
     "__version__",
     "decode_answers",
+    "divergence",
     "load_codi",
     "save_checkpoint",
 ]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "KNOWN": "codi.checkpoint",
+        "CheckpointError": "codi.weights",
+        "CodiModel": "codi.model",
+        "EncodedBatch": "lm.text",
+        "Intervention": "codi.rollout",
+        "LatentRollout": "codi.rollout",
+        "Parts": "codi.parts",
+        "Prefill": "codi.rollout",
+        "Projection": "codi.parts",
+        "Protocol": "codi.protocol",
+        "UserError": "codi.protocol",
+        "decode_answers": "codi.decode",
+        "divergence": "codi.forced",
+        "load_codi": "codi.checkpoint",
+        "save_checkpoint": "codi.checkpoint",
+    },
+)

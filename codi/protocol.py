@@ -19,22 +19,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-__all__ = ["FAMILIES", "PROTOCOL_TOKENS", "Protocol", "Thought", "UserError", "answer_only", "original"]
+from lm.errors import UserError
+from lm.terms import ANSWER_MODES, AnswerMode, ProtocolName
 
-FAMILIES = ("original", "original-eos", "answer-only")
+__all__ = ["FAMILIES", "PROTOCOL_TOKENS", "Protocol", "UserError", "answer_only", "original"]
+
+FAMILIES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 PROTOCOL_TOKENS = ("[PAD]", "<|bocot|>", "<|eocot|>")
 """Names of pad, begin-of-thought and end-of-thought in a tokenizer of the answer-only family."""
 
 ANSWER_ONLY_SUFFIX = " Output only the answer and nothing else."
-
-Thought = Literal["latent", "direct", "verbal"]
-THOUGHTS: tuple[Thought, ...] = ("latent", "direct", "verbal")
-
-
-class UserError(ValueError):
-    """A caller's mistake, or a file that cannot be used: one clear line, which the command line prints as it is."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,10 @@ class Protocol:
         ids.update(self.excluded_logits)
         return tuple(sorted(ids))
 
-    def before(self, thought: Thought) -> tuple[int, ...]:
+    def before(self, thought: AnswerMode) -> tuple[int, ...]:
         """Tokens that follow the question for a latent, direct (no thought) or verbal (written) chain of thought."""
-        if thought not in THOUGHTS:
-            raise UserError(f"thought must be one of {', '.join(THOUGHTS)}, got {thought!r}")
+        if thought not in ANSWER_MODES:
+            raise UserError(f"thought must be one of {', '.join(ANSWER_MODES)}, got {thought!r}")
         return {"latent": self.before_latents, "direct": self.before_direct, "verbal": self.before_verbal}[thought]
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,16 +15,15 @@ Knows nothing about answers or files. Use through the model::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from codi.cache import (
-    BranchCache,
+from codi.parts import Parts
+from lm.cache import (
     build_cache,
     cache_length,
     clone_cache,
@@ -34,59 +33,17 @@ from codi.cache import (
     select_cache,
     to_device,
 )
+from lm.forward import Edit, feed
+from lm.text import EncodedBatch, Rows
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-    from codi.model import CodiModel
-
-__all__ = [
-    "KEEP",
-    "EncodedBatch",
-    "Intervention",
-    "LatentRollout",
-    "Prefill",
-    "Rows",
-    "overrides",
-    "prefill",
-    "rollout",
-]
+__all__ = ["KEEP", "Intervention", "LatentRollout", "Prefill", "overrides", "prefill", "rollout", "seen_at"]
 
 KEEP = ("embeddings", "hidden_states", "keys", "values", "cache")
 """What a rollout keeps by default."""
 KEEP_CHOICES = (*KEEP, "attentions", "prompt_hidden_states")
-
-Rows = Tensor | Sequence[int]
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Questions as token ids, left padded, the protocol's tokens appended.
-
-    Attributes:
-        input_ids: (batch, position) int64.
-        attention_mask: (batch, position) bool, True at real tokens.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        """(batch,) number of real tokens."""
-        return self.attention_mask.sum(dim=1)
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-    def select(self, rows: Rows) -> EncodedBatch:
-        """The given rows, in that order."""
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
-        return EncodedBatch(self.input_ids[index], self.attention_mask[index])
-
-    def to(self, device: str | torch.device) -> EncodedBatch:
-        """The batch on another device."""
-        return EncodedBatch(self.input_ids.to(device), self.attention_mask.to(device))
 
 
 class Intervention:
@@ -135,6 +92,29 @@ def overrides(interventions: Sequence[Intervention], *methods: str) -> bool:
     )
 
 
+def seen_at(model: Parts, k: int, mask: Tensor, interventions: Sequence[Intervention]) -> Tensor | None:
+    """What the query at latent k = 1..n sees, k = n + 1: every position of the answer.
+
+    Args:
+        model: whose way with masks is followed.
+        k: see above.
+        mask: (batch, key position) bool, True at real tokens.
+        interventions: of which `edit_mask` applies.
+
+    Returns:
+        (batch, key position) bool, or None: everything.
+    """
+    masked = overrides(interventions, "edit_mask")
+    if model.mask == "published":
+        if not masked:
+            return None
+        mask = torch.ones_like(mask)
+    if masked:
+        for i in interventions:
+            mask = i.edit_mask(k, mask)
+    return mask
+
+
 @dataclass(frozen=True)
 class Prefill:
     """A prompt that has been computed: the start of a rollout, or of an answer without latents.
@@ -169,8 +149,8 @@ class Prefill:
             attention_mask=self.attention_mask[index],
             prompt_lengths=self.prompt_lengths[index],
             next_position=self.next_position[index],
-            bot_hidden_states=_pick(self.bot_hidden_states, index),
-            prompt_hidden_states=_pick(self.prompt_hidden_states, index),
+            bot_hidden_states=None if self.bot_hidden_states is None else self.bot_hidden_states[index],
+            prompt_hidden_states=None if self.prompt_hidden_states is None else self.prompt_hidden_states[index],
         )
 
 
@@ -260,101 +240,15 @@ class LatentRollout:
         return LatentRollout(**{**values, "past_key_values": cache})
 
 
-def _pick(tensor: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor[index]
-
-
 def _head(tensor: Tensor | None, n: int) -> Tensor | None:
     return None if tensor is None else tensor[:, :n]
-
-
-# --- One forward pass -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _tapped(
-    layers: Sequence[nn.Module], edit: Callable[[int, Tensor], Tensor] | None, record: list[Tensor] | None
-) -> Iterator[None]:
-    """While inside: every block's output passes through `edit(layer, x)`, and inputs and outputs of the blocks but the
-    last are appended to `record`. Afterwards the model is as before."""
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert record is not None
-        record.append(args[0])
-
-    def after(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            x = output if isinstance(output, Tensor) else output[0]
-            changed = x if edit is None else edit(layer, x)
-            if record is not None and layer < len(layers):
-                record.append(changed)
-            if changed is x:
-                return None
-            return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-        return hook
-
-    handles = []
-    try:
-        if record is not None:
-            handles.append(layers[0].register_forward_pre_hook(before))
-        if record is not None or edit is not None:
-            handles += [module.register_forward_hook(after(layer)) for layer, module in enumerate(layers, start=1)]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass(frozen=True)
-class Step:
-    """Output of `feed`: last state (batch, position, d_model); on request hidden states (batch, position, layer,
-    d_model) and attentions (batch, position, layer, head, key position)."""
-
-    last: Tensor
-    hidden_states: Tensor | None
-    attentions: Tensor | None
-
-
-def feed(
-    model: CodiModel,
-    embeddings: Tensor,
-    cache: DynamicCache | BranchCache,
-    mask: Tensor | None,
-    positions: Tensor,
-    edit: Callable[[int, Tensor], Tensor] | None = None,
-    hidden_states: bool = False,
-    attentions: bool = False,
-) -> Step:
-    """Run the decoder over some embeddings; `cache` grows by them.
-
-    Args:
-        embeddings: (batch, position, d_model).
-        cache: the past; its tensors are replaced, never written.
-        mask: (batch, past + position) bool, True at keys that may be seen, or None: all of them.
-        positions: (batch, position) position ids.
-        edit: called as edit(layer 1..n_layers, residual stream), returns the residual stream to go on with.
-    """
-    record: list[Tensor] | None = [] if hidden_states else None
-    with _tapped(model.layers, edit, record):
-        output = model.decoder(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            output_attentions=attentions,
-        )
-    stacked = None if record is None else torch.stack([*record, output.last_hidden_state], dim=2)
-    weights = torch.stack(output.attentions, dim=1).permute(0, 3, 1, 2, 4) if attentions else None
-    return Step(output.last_hidden_state, stacked, weights)
 
 
 # --- Prompt -----------------------------------------------------------------------------------------------------------
 
 
 def prefill(
-    model: CodiModel,
+    model: Parts,
     batch: EncodedBatch,
     interventions: Sequence[Intervention] = (),
     keep: Collection[str] = ("hidden_states",),
@@ -371,10 +265,9 @@ def prefill(
     mask = batch.attention_mask.bool()
     width = mask.shape[1]
     lengths = mask.sum(dim=1)
+    positions = batch.positions
     if model.mask == "published":
         positions = torch.arange(width, device=mask.device).expand(len(batch), -1)
-    else:
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     next_position = positions[:, -1] + 1
     model.check_length(int(next_position.max()))
 
@@ -398,7 +291,7 @@ def prefill(
     )
 
 
-def _prompt_edit(interventions: Sequence[Intervention]) -> Callable[[int, Tensor], Tensor]:
+def _prompt_edit(interventions: Sequence[Intervention]) -> Edit:
     def edit(layer: int, x: Tensor) -> Tensor:
         for i in interventions:
             x = i.edit_prompt_layer(layer, x)
@@ -415,7 +308,7 @@ def _prompt_edit(interventions: Sequence[Intervention]) -> Callable[[int, Tensor
 
 
 def rollout(
-    model: CodiModel,
+    model: Parts,
     source: EncodedBatch | Prefill | LatentRollout,
     n_latents: int = 6,
     interventions: Sequence[Intervention] = (),
@@ -435,14 +328,11 @@ def rollout(
     Raises:
         ValueError: n_latents out of range, an unknown name in keep, or something to keep that the source has not kept.
     """
-    unknown = sorted(set(keep) - set(KEEP_CHOICES))
-    if unknown:
-        raise ValueError(f"keep may hold {', '.join(KEEP_CHOICES)}, got {', '.join(unknown)}")
-    if "attentions" in keep and model.attention != "eager":
-        raise ValueError(f"keeping attentions needs a model loaded with attention='eager', got {model.attention!r}")
+    _check_keep(model, keep)
     if isinstance(source, EncodedBatch):
         source = prefill(model, source, interventions, keep)
-    done = source.n_latents if isinstance(source, LatentRollout) else 0
+    earlier = source if isinstance(source, LatentRollout) else None
+    done = 0 if earlier is None else earlier.n_latents
     if isinstance(n_latents, bool) or not isinstance(n_latents, int) or n_latents < done:
         raise ValueError(f"n_latents must be a whole number, {done} or more, got {n_latents!r}")
     start = _start(source, keep)
@@ -451,7 +341,6 @@ def rollout(
     mask = start.attention_mask
     width = mask.shape[1]
     model.check_length(int(start.next_position.max()) + n_latents - done)
-    masked = overrides(interventions, "edit_mask")
     edit_layer = overrides(interventions, "edit_layer")
     new: dict[str, list[Tensor]] = {"states": [], "embeddings": [], "hidden_states": [], "attentions": []}
 
@@ -463,17 +352,11 @@ def rollout(
         for i in interventions:
             z = i.edit_embedding(k, z)
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-        seen: Tensor | None = mask
-        if model.mask == "published":
-            seen = torch.ones_like(mask) if masked else None
-        if masked and seen is not None:
-            for i in interventions:
-                seen = i.edit_mask(k, seen)
         step = feed(
             model,
             z[:, None],
             cache,
-            seen,
+            seen_at(model, k, mask, interventions),
             (start.next_position + (k - 1 - done))[:, None],
             _layer_edit(interventions, k) if edit_layer else None,
             hidden_states="hidden_states" in keep,
@@ -490,20 +373,40 @@ def rollout(
             new["hidden_states"].append(step.hidden_states[:, 0])
         if step.attentions is not None:
             new["attentions"].append(step.attentions[:, 0])
+    return _finished(model, start, earlier, new, cache, mask, keep)
 
-    earlier = source if isinstance(source, LatentRollout) else None
-    prompt_width = width - done
+
+def _check_keep(model: Parts, keep: Collection[str]) -> None:
+    unknown = sorted(set(keep) - set(KEEP_CHOICES))
+    if unknown:
+        raise ValueError(f"keep may hold {', '.join(KEEP_CHOICES)}, got {', '.join(unknown)}")
+    if "attentions" in keep and model.attention != "eager":
+        raise ValueError(f"keeping attentions needs a model loaded with attention='eager', got {model.attention!r}")
+
+
+def _finished(
+    model: Parts,
+    start: Prefill,
+    earlier: LatentRollout | None,
+    new: dict[str, list[Tensor]],
+    cache: DynamicCache,
+    mask: Tensor,
+    keep: Collection[str],
+) -> LatentRollout:
+    """What the loop computed, joined to what an earlier run had."""
+    done = 0 if earlier is None else earlier.n_latents
     keys, values = None, None
     if "keys" in keep or "values" in keep:
-        keys, values = read_slots(cache, prompt_width, cache_length(cache))
-    states = torch.stack(new["states"], dim=1) if new["states"] else start.state.new_empty(len(mask), 0, h.shape[-1])
+        keys, values = read_slots(cache, start.attention_mask.shape[1] - done, cache_length(cache))
+    like = start.state
+    states = torch.stack(new["states"], dim=1) if new["states"] else like.new_empty(len(mask), 0, like.shape[-1])
     return LatentRollout(
         states=torch.cat((start.state[:, None] if earlier is None else earlier.states, states), dim=1),
         attention_mask=mask,
         prompt_lengths=start.prompt_lengths,
         first_position=start.next_position - done,
-        embeddings=_joined(model, "embeddings", keep, earlier, new, (model.d_model,), states),
-        hidden_states=_joined(model, "hidden_states", keep, earlier, new, (model.n_layers + 1, model.d_model), states),
+        embeddings=_joined("embeddings", keep, earlier, new, (model.d_model,), states),
+        hidden_states=_joined("hidden_states", keep, earlier, new, (model.n_layers + 1, model.d_model), states),
         bot_hidden_states=start.bot_hidden_states if "hidden_states" in keep else None,
         keys=keys if "keys" in keep else None,
         values=values if "values" in keep else None,
@@ -540,7 +443,7 @@ def _start(source: Prefill | LatentRollout, keep: Collection[str]) -> Prefill:
     return start
 
 
-def _layer_edit(interventions: Sequence[Intervention], k: int) -> Callable[[int, Tensor], Tensor]:
+def _layer_edit(interventions: Sequence[Intervention], k: int) -> Edit:
     def edit(layer: int, x: Tensor) -> Tensor:
         row = x[:, 0]
         changed = row
@@ -563,7 +466,6 @@ def _edit_slot(cache: DynamicCache, position: int, k: int, interventions: Sequen
 
 
 def _joined(
-    model: CodiModel,
     name: str,
     keep: Collection[str],
     earlier: LatentRollout | None,
@@ -579,7 +481,7 @@ def _joined(
 
 
 def _attentions(
-    model: CodiModel,
+    model: Parts,
     keep: Collection[str],
     earlier: LatentRollout | None,
     new: list[Tensor],

@@ -8,18 +8,15 @@ positions (GPT-2) do not rotate: for them both functions return their input.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from codi.model import CodiModel
+from lm.model import LanguageModel
 
 __all__ = ["rotate", "unrotate"]
 
 
-def _rotary(model: CodiModel) -> tuple[Tensor, float] | None:
+def _rotary(model: LanguageModel) -> tuple[Tensor, float] | None:
     module = getattr(model.decoder, "rotary_emb", None)
     if module is None:
         return None
@@ -41,7 +38,7 @@ def _turn(x: Tensor, positions: Tensor, frequencies: Tensor, scale: float, sign:
     return turned.to(x.dtype)
 
 
-def rotate(x: Tensor, positions: Tensor | int, model: CodiModel) -> Tensor:
+def rotate(x: Tensor, positions: Tensor | int, model: LanguageModel) -> Tensor:
     """Rotate un-rotated keys (or queries) to `positions`, as the model does before it caches them.
 
     Args:
@@ -60,7 +57,7 @@ def rotate(x: Tensor, positions: Tensor | int, model: CodiModel) -> Tensor:
     return _turn(x, torch.as_tensor(positions), rotary[0], rotary[1], 1)
 
 
-def unrotate(x: Tensor, positions: Tensor | int, model: CodiModel) -> Tensor:
+def unrotate(x: Tensor, positions: Tensor | int, model: LanguageModel) -> Tensor:
     """Undo `rotate`: keys as cached at `positions` become content keys, as if written at position 0 with scale 1."""
     rotary = _rotary(model)
     if rotary is None:

@@ -30,9 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codi.cache import clone_cache, select_cache
-from codi.model import CodiModel
-from codi.rollout import EncodedBatch, feed, prefill, rollout
+from codi.parts import Parts
+from codi.rollout import Prefill, prefill, rollout
+from lm.cache import clone_cache, select_cache
+from lm.forward import Step, feed
+from lm.text import EncodedBatch, left_padded
 
 __all__ = ["DistillationLoss", "MergedLora", "TeacherLoss", "TrainingBatch", "collate", "cosine_schedule"]
 
@@ -100,7 +102,7 @@ def _right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, T
     return ids, mask
 
 
-def collate(problems: Sequence[Example], model: CodiModel) -> TrainingBatch:
+def collate(problems: Sequence[Example], model: Parts) -> TrainingBatch:
     """Tokenize problems for `TeacherLoss` and `DistillationLoss`.
 
     Args:
@@ -131,17 +133,11 @@ def collate(problems: Sequence[Example], model: CodiModel) -> TrainingBatch:
     before_direct = list(protocol.before_direct[len(shared) :])
     direct = [[*before_direct, *a, *end] for a in answers]
 
-    width = max(map(len, prefixes))
-    ids = torch.full((len(prefixes), width), protocol.pad_id)
-    mask = torch.zeros(len(prefixes), width, dtype=torch.long)
-    for i, row in enumerate(prefixes):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
     verbal_ids, verbal_mask = _right_padded(verbal, protocol.pad_id)
     answer_ids, answer_mask = _right_padded(answer, protocol.pad_id)
     direct_ids, direct_mask = _right_padded(direct, protocol.pad_id)
     return TrainingBatch(
-        prefix=EncodedBatch(ids, mask),
+        prefix=left_padded(prefixes, protocol.pad_id),
         verbal=verbal_ids,
         verbal_mask=verbal_mask,
         verbal_read=torch.tensor(verbal_read),
@@ -183,14 +179,14 @@ def _lead_length(tokenizer: Any, answer_text: str) -> int:
 
 
 def _tail(
-    model: CodiModel,
+    model: Parts,
     cache: Any,
     mask: Tensor,
     next_position: Tensor,
     ids: Tensor,
     ids_mask: Tensor,
     hidden_states: bool = False,
-) -> Any:
+) -> Step:
     """Feed right-padded ids after a past; the past's cache is not modified."""
     positions = next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)
     seen = torch.cat((mask, ids_mask), dim=1)
@@ -198,7 +194,7 @@ def _tail(
 
 
 def _cross_entropy(
-    model: CodiModel, last: Tensor, ids: Tensor, ids_mask: Tensor, start: int, ahead: Tensor | None
+    model: Parts, last: Tensor, ids: Tensor, ids_mask: Tensor, start: int, ahead: Tensor | None
 ) -> Tensor:
     """Mean cross-entropy (nats) of the tokens from `start` on.
 
@@ -222,7 +218,7 @@ class TeacherLoss(nn.Module):
         direct_fraction: share of the problems (the first of each batch) that are answered directly instead, 0..1.
     """
 
-    def __init__(self, model: CodiModel, direct_fraction: float = 0.1) -> None:
+    def __init__(self, model: Parts, direct_fraction: float = 0.1) -> None:
         super().__init__()
         if not 0 <= direct_fraction < 1:
             raise ValueError(f"direct_fraction must be in 0..1 (1 excluded), got {direct_fraction}")
@@ -252,7 +248,7 @@ class TeacherLoss(nn.Module):
         return losses
 
 
-def _direct(model: CodiModel, start: Any, batch: TrainingBatch, n: int) -> Tensor:
+def _direct(model: Parts, start: Prefill, batch: TrainingBatch, n: int) -> Tensor:
     """Cross-entropy of the direct answers of the first n problems, from the shared prefix."""
     rows = torch.arange(n, device=batch.direct.device)
     ids, mask = batch.direct[rows], batch.direct_mask[rows]
@@ -265,7 +261,7 @@ class DistillationLoss(nn.Module):
     """The CODI loss.
 
     Args:
-        model: its base carries trainable LoRA weights (`codi.checkpoint.add_lora`), its projection is trained.
+        model: its base carries trainable LoRA weights (`codi.lora.add_lora`), its projection is trained.
         n_latents: latents between question and answer, 1 or more.
         kd_weight: f (published: 20 for Llama, 1 for GPT-2).
         teacher_weight: g (published: 1).
@@ -285,7 +281,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(
         self,
-        model: CodiModel,
+        model: Parts,
         n_latents: int = 6,
         kd_weight: float = 20.0,
         teacher_weight: float = 1.0,
@@ -347,6 +343,7 @@ class DistillationLoss(nn.Module):
             True,
         )
         student = _cross_entropy(model, step.last, batch.answer, batch.answer_mask, batch.answer_start, None)
+        assert step.hidden_states is not None
         learnt = step.hidden_states[everything, batch.answer_read].float()
         distance = F.smooth_l1_loss(learnt, target, reduction="none").mean(dim=(0, 2))
         distillation = (distance / target.std(dim=(0, 2)).clamp_min(1e-6)).mean()
@@ -378,7 +375,7 @@ class DistillationLoss(nn.Module):
         logits = self.model.logits(latents[rows]).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
-    def _teacher(self, start: Any, batch: TrainingBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _teacher(self, start: Prefill, batch: TrainingBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Last states (row, position, d_model) along the written chain, and the states to be matched, without gradient,
         (row, layer, d_model)."""
         part = start if len(rows) == len(batch) else start.select(rows)
@@ -391,11 +388,12 @@ class DistillationLoss(nn.Module):
             batch.verbal_mask[rows],
             True,
         )
+        assert step.hidden_states is not None
         read = step.hidden_states[torch.arange(len(rows), device=rows.device), batch.verbal_read[rows]]
         return step.last, read.detach().float()
 
 
-def _after_prefix(model: CodiModel, start: Any, tokens: Tensor) -> Any:
+def _after_prefix(model: Parts, start: Prefill, tokens: Tensor) -> Prefill:
     """The prefill that results when the protocol's remaining tokens (ending with begin of thought) follow the
     prefix."""
     if not len(tokens):
@@ -406,7 +404,7 @@ def _after_prefix(model: CodiModel, start: Any, tokens: Tensor) -> Any:
     mask = torch.cat((start.attention_mask, torch.ones_like(ids, dtype=torch.bool)), dim=1)
     positions = start.next_position[:, None] + torch.arange(ids.shape[1], device=ids.device)
     step = feed(model, model.embed(ids), cache, mask, positions)
-    return type(start)(
+    return Prefill(
         state=step.last[:, -1],
         cache=cache,
         attention_mask=mask,

@@ -32,14 +32,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from codi import UserError
-from codi.cache import GROUPED_ATTENTION
-from codi.checkpoint import add_lora, reference_state, save_checkpoint
-from codi.model import CodiModel, Projection
+from codi.checkpoint import reference_state, save_checkpoint
+from codi.lora import add_lora
+from codi.model import CodiModel
+from codi.parts import Projection
 from codi.protocol import answer_only, original
 from codi.tokenizer import CODI_SPECIAL_TOKENS, build_tokenizer
 from codi.training import DistillationLoss, TeacherLoss, collate, cosine_schedule
 from experiments.tasks import arithmetic, is_correct, load_task, templates
 from experiments.tasks.problem import Problem
+from lm.cache import GROUPED_ATTENTION
 
 __all__ = ["Config", "Resolved", "main", "resolve"]
 

@@ -10,21 +10,25 @@ the latents, position TEXT any token of ordinary text. Only this package touches
     lens.logits(run.hidden_states[:, 2, 1], layer=1, position=3)        # latent 3, layer 1: (batch, vocab)
 """
 
-from lenses.causal import AblateDirections, CausalBasis, causal_basis, mean_ablated
-from lenses.latent_lens import (
-    TEXT,
-    LatentLens,
-    States,
-    final_norm,
-    latent_states,
-    lens_positions,
-    load_lenses,
-    new_lens,
-    save_lens,
-    text_states,
-    unembed,
-)
-from lenses.training import LensTraining, TrainingOptions, divergence_to_output
+from typing import TYPE_CHECKING
+
+from lm.lazy import exports
+
+if TYPE_CHECKING:
+    from lenses.causal import AblateDirections, CausalBasis, causal_basis, mean_ablated
+    from lenses.latent_lens import (
+        TEXT,
+        LatentLens,
+        States,
+        latent_states,
+        lens_positions,
+        load_lenses,
+        new_lens,
+        save_lens,
+        text_states,
+        unembed,
+    )
+    from lenses.training import LensTraining, TrainingOptions, divergence_to_output
 
 __all__ = [
     "TEXT",
@@ -36,7 +40,6 @@ __all__ = [
     "TrainingOptions",
     "causal_basis",
     "divergence_to_output",
-    "final_norm",
     "latent_states",
     "lens_positions",
     "load_lenses",
@@ -46,3 +49,26 @@ __all__ = [
     "text_states",
     "unembed",
 ]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "AblateDirections": "lenses.causal",
+        "CausalBasis": "lenses.causal",
+        "LatentLens": "lenses.latent_lens",
+        "LensTraining": "lenses.training",
+        "States": "lenses.latent_lens",
+        "TEXT": "lenses.latent_lens",
+        "TrainingOptions": "lenses.training",
+        "causal_basis": "lenses.causal",
+        "divergence_to_output": "lenses.training",
+        "latent_states": "lenses.latent_lens",
+        "lens_positions": "lenses.latent_lens",
+        "load_lenses": "lenses.latent_lens",
+        "mean_ablated": "lenses.causal",
+        "new_lens": "lenses.latent_lens",
+        "save_lens": "lenses.latent_lens",
+        "text_states": "lenses.latent_lens",
+        "unembed": "lenses.latent_lens",
+    },
+)

@@ -30,22 +30,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tuned_lens.nn import LogitLens, TunedLens, TunedLensConfig, Unembed
 
-from codi.protocol import UserError
-
-if TYPE_CHECKING:
-    from codi import CodiModel, LatentRollout, Prefill
+from codi.rollout import LatentRollout, Prefill
+from lm.errors import UserError
+from lm.model import LanguageModel
 
 __all__ = [
     "TEXT",
     "LatentLens",
     "States",
-    "final_norm",
     "latent_states",
     "lens_positions",
     "load_lenses",
@@ -65,19 +63,6 @@ Numbering = Literal["latent", "published"]
 # --- Reading out ------------------------------------------------------------------------------------------------------
 
 
-def final_norm(model: CodiModel) -> nn.Module:
-    """The norm between the last block and the unembedding.
-
-    Raises:
-        ValueError: a base model that names it neither `norm` (Llama, Qwen, Mistral, …) nor `ln_f` (GPT-2, …).
-    """
-    for name in ("norm", "ln_f", "final_layer_norm"):
-        found = getattr(model.decoder, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise UserError(f"no final norm found in {type(model.decoder).__name__}: expected norm, ln_f or final_layer_norm")
-
-
 class _Unembed(Unembed):
     """tuned_lens's Unembed, from parts instead of a model class it has to know."""
 
@@ -88,16 +73,18 @@ class _Unembed(Unembed):
         self.requires_grad_(False)
 
 
-def unembed(model: CodiModel) -> Unembed:
+def unembed(model: LanguageModel) -> Unembed:
     """Final norm and unembedding of a model as a float32 copy: (…, d_model) before the norm -> logits (…, vocab).
 
-    The same numbers as `tuned_lens.nn.Unembed(model.base)` in float32, for every base model that names its norm as
-    Llama or GPT-2 do.
+    The same numbers as `tuned_lens.nn.Unembed(model.base)` in float32, for every base model whose norm is found.
+
+    Raises:
+        ValueError: no final norm is found (see `lm.model.LanguageModel`), or an unembedding that is not linear.
     """
-    unembedding = model.base.get_output_embeddings()
+    unembedding = model.unembedding
     if not isinstance(unembedding, nn.Linear):
         raise UserError(f"lenses need a linear unembedding, {model.name} has a {type(unembedding).__name__}")
-    return _Unembed(final_norm(model), unembedding).eval()
+    return _Unembed(model.final_norm, unembedding).eval()
 
 
 @dataclass(frozen=True)
@@ -214,7 +201,7 @@ class LatentLens:
                 raise UserError(f"lens {name!r} has {len(lens)} layers, the model has {n_layers}")
 
     @classmethod
-    def plain(cls, model: CodiModel) -> LatentLens:
+    def plain(cls, model: LanguageModel) -> LatentLens:
         """The logit lens of a model."""
         return cls(unembed(model), model.n_layers)
 
@@ -337,7 +324,7 @@ def lens_positions(name: str, n_latents: int, numbering: Numbering = "latent") -
     return tuple(number + shift for number in numbers)
 
 
-def new_lens(model: CodiModel, unembed: Unembed) -> TunedLens:
+def new_lens(model: LanguageModel, unembed: Unembed) -> TunedLens:
     """An untrained lens: zero translators (the plain lens), float32, sharing `unembed`."""
     config = TunedLensConfig(
         base_model_name_or_path=model.base.config.name_or_path or model.name,
@@ -382,7 +369,7 @@ class SavedLens:
     record: dict[str, Any]
 
 
-def load_lenses(folder: str | Path, model: CodiModel, unembed: Unembed) -> dict[str, SavedLens]:
+def load_lenses(folder: str | Path, model: LanguageModel, unembed: Unembed) -> dict[str, SavedLens]:
     """Every lens of a folder of lenses (or the one lens that the folder is).
 
     Args:
@@ -425,7 +412,7 @@ def load_lenses(folder: str | Path, model: CodiModel, unembed: Unembed) -> dict[
     return found
 
 
-def choose_lens(name: str, saved: Mapping[str, SavedLens], model: CodiModel, unembed: Unembed) -> LatentLens:
+def choose_lens(name: str, saved: Mapping[str, SavedLens], model: LanguageModel, unembed: Unembed) -> LatentLens:
     """A LatentLens by name: "plain", "each" (at every position the lens trained on it alone), or one saved lens
     used at every position.
 

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 from tuned_lens.nn import TunedLens
 
-from codi.protocol import UserError
-from codi.rollout import EncodedBatch
 from lenses.latent_lens import TEXT, LatentLens, States, latent_states, new_lens, text_states, unembed
+from lm.errors import UserError
+from lm.text import EncodedBatch, left_padded
 
 if TYPE_CHECKING:
     from codi import CodiModel
@@ -112,13 +112,7 @@ def encode_passages(model: CodiModel, passages: Sequence[str], max_tokens: int =
     rows = [list(ids)[:max_tokens] for ids in model.tokenizer(list(passages))["input_ids"]]
     if not rows or not all(rows):
         raise UserError("a passage must have at least one token, got an empty one")
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), model.protocol.pad_id)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = True
-    return EncodedBatch(ids.to(model.device), mask.to(model.device))
+    return left_padded(rows, model.pad_id).to(model.device)
 
 
 @torch.no_grad()

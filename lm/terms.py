@@ -11,6 +11,7 @@ __all__ = [
     "ANSWER_MODES",
     "CONTROLS",
     "DTYPES",
+    "KEY_FRAMES",
     "PAIR_CONTROLS",
     "PARTS",
     "PATCH_CONTROLS",
@@ -63,6 +64,7 @@ Timing = Literal["early-exit", "continue", "cached"]
 TIMINGS: tuple[Timing, ...] = get_args(Timing)
 KeyFrame = Literal["content", "raw"]
 """Keys turned back to position 0 before they are averaged, or as they are cached (the published way)."""
+KEY_FRAMES: tuple[KeyFrame, ...] = get_args(KeyFrame)
 Engine = Literal["shared", "clones"]
 """Branches over a shared prefix, or an edited copy of the cache per row."""
 

@@ -16,18 +16,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lm.terms import SPACES, KeyFrame, Space
 from steering.means import ControlDraws, LatentMeans
 
 __all__ = [
-    "SPACES",
     "Direction",
-    "Space",
     "covariance_matched",
     "difference",
     "generator",
@@ -40,10 +38,6 @@ __all__ = [
     "shuffled_difference",
     "typical",
 ]
-
-Space = Literal["kv", "embedding", "hidden"]
-Frame = Literal["content", "raw"]
-SPACES: tuple[Space, ...] = ("kv", "embedding", "hidden")
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class Direction:
     keys: Tensor | None = None
     values: Tensor | None = None
     vector: Tensor | None = None
-    keys_frame: Frame = "content"
+    keys_frame: KeyFrame = "content"
 
     def __post_init__(self) -> None:
         kv = self.keys is not None and self.values is not None and self.vector is None
@@ -121,7 +115,7 @@ def _between(
     vectors: Tensor,
     a: int,
     b: int,
-    frame: Frame,
+    frame: KeyFrame,
     layers: Sequence[int] | None,
     kv_heads: Sequence[int] | None,
 ) -> Direction:
@@ -141,7 +135,7 @@ def difference(
     b: int,
     space: Space,
     *,
-    keys: Frame = "content",
+    keys: KeyFrame = "content",
     layers: Sequence[int] | None = None,
     kv_heads: Sequence[int] | None = None,
 ) -> Direction:

@@ -1,9 +1,11 @@
-"""The only place a coefficient is applied: directions become edits of a running model.
+"""Where coefficients become edits of a running model. Edits that put given values in are in replacements.py.
 
 Two forms of the same edit:
-- `AddDirection` / `ReplaceLatent`, interventions of a rollout, one edit at a time: `model.rollout(batch,
-interventions=[…])`; - `edit_table` and `branches`, many edits of one finished rollout, for
-`codi.branches.decode_branches`.
+
+- `AddDirection` / `ReplaceLatent`, interventions of a rollout, one edit at a time:
+  `model.rollout(batch, interventions=[…])`;
+- `edit_table` and `branches`, many edits of one finished rollout, for `codi.branches.decode_branches`, which applies
+  the coefficients of its rows itself.
 
 Knows nothing about where directions come from or what becomes of the answers.
 """
@@ -12,20 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from codi import CodiModel, EncodedBatch, Intervention, LatentRollout, Prefill
-from codi.branches import Branches, EditTable
+from codi.edits import Branches, EditTable
 from codi.rope import rotate
-from steering.directions import Direction, Space
+from lm.terms import PARTS, Part, Space
+from steering.directions import Direction
 
-__all__ = ["PARTS", "AddDirection", "Edit", "Part", "ReplaceLatent", "branches", "coefficients_of", "edit_table"]
-
-Part = Literal["keys", "values", "both"]
-PARTS: tuple[Part, ...] = ("keys", "values", "both")
+__all__ = ["AddDirection", "Edit", "ReplaceLatent", "branches", "coefficients_of", "edit_table"]
 
 
 def coefficients_of(

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from codi import CodiModel, LatentRollout
 from codi.rope import unrotate
+from lm.terms import KEY_FRAMES
 
 __all__ = ["ControlDraws", "DrawsAccumulator", "LatentMeans", "LatentMeansAccumulator", "content_keys"]
-
-FRAMES = ("content", "raw")
 
 
 def content_keys(run: LatentRollout, model: CodiModel) -> Tensor:
@@ -109,8 +108,8 @@ class LatentMeans:
         Args:
             frame: "content" (un-rotated to position 0 before averaging) or "raw" (as cached).
         """
-        if frame not in FRAMES:
-            raise ValueError(f"keys must be one of {', '.join(FRAMES)}, got {frame!r}")
+        if frame not in KEY_FRAMES:
+            raise ValueError(f"keys must be one of {', '.join(KEY_FRAMES)}, got {frame!r}")
         return self.mean(f"keys_{frame}")
 
     def standard_deviation(self, name: str) -> Tensor:
@@ -320,8 +319,8 @@ class DrawsAccumulator:
     def __init__(self, model: CodiModel, n_draws: int, seed: int = 0, keys: str = "content") -> None:
         if n_draws < 1:
             raise ValueError(f"the number of draws must be at least 1, got {n_draws}")
-        if keys not in FRAMES:
-            raise ValueError(f"keys must be one of {', '.join(FRAMES)}, got {keys!r}")
+        if keys not in KEY_FRAMES:
+            raise ValueError(f"keys must be one of {', '.join(KEY_FRAMES)}, got {keys!r}")
         self._model, self._n_draws, self._seed, self._keys = model, n_draws, seed, keys
         self._count = 0
         self._weighted: dict[str, Tensor] = {}  # Σ g x            (draw, …)

@@ -3,7 +3,9 @@
 Fixtures: `tiny_checkpoint(kind, family)` writes a checkpoint folder once per session and returns its path,
 `tiny_model(kind, family, **options)` loads it (once per set of options: runs never modify a model), `codi_model` is the
 Llama, answer-only one. Kinds: llama (grouped heads 4/2, llama3 rotary scaling, tied head), gpt2 (absolute positions),
-qwen2 (biases on q, k, v), qwen3 (normed q and k), mistral (sliding window shorter than a prompt, untied head).
+qwen2 (biases on q, k, v), qwen3 (normed q and k), mistral (sliding window shorter than a prompt, untied head); for
+plain language models (`language_model(kind)`) also gpt_neox (blocks in parallel, half of each head rotated) and gemma
+(scaled embeddings).
 Families: answer-only (named tokens, .bin), original and original-eos (ids V, V+1, V+2, .safetensors).
 """
 
@@ -25,7 +27,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -35,6 +39,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from codi import CodiModel, load_codi
+from lm.model import LanguageModel
 
 # A shell starts background jobs with Ctrl-C ignored; the tests that send it must not depend on how they were started.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -47,6 +52,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 KINDS = ("llama", "gpt2", "qwen2", "qwen3", "mistral")
+LM_KINDS = (*KINDS, "gpt_neox", "gemma")
 LORA_R, LORA_ALPHA, PRJ_DIM = 4, 2, 24
 QUESTIONS = ["3+4=?", "Tom has 12 pens and buys 30 more. How many pens?", "9-2", "A long one: 1 2 3 4 5 6 7 8 9 10 11?"]
 
@@ -103,6 +109,11 @@ def make_config(kind: str) -> Any:
         return Qwen3Config(**common, **llama, tie_word_embeddings=True)
     if kind == "mistral":
         return MistralConfig(**common, **llama, sliding_window=12, tie_word_embeddings=False)
+    if kind == "gemma":
+        return GemmaConfig(**common, **llama, tie_word_embeddings=True)
+    if kind == "gpt_neox":
+        plain = {k: v for k, v in llama.items() if k not in ("head_dim", "num_key_value_heads")}
+        return GPTNeoXConfig(**common, **plain, rotary_pct=0.5, tie_word_embeddings=False)
     raise AssertionError(f"unknown kind {kind}")
 
 
@@ -195,6 +206,19 @@ def tiny_model(tiny_checkpoint: Callable[..., Path]) -> Callable[..., CodiModel]
 def codi_model(tiny_model: Callable[..., CodiModel]) -> CodiModel:
     """The tiny Llama, answer-only, float32."""
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def language_model() -> Callable[..., LanguageModel]:
+    """language_model(kind="llama") -> an ordinary LanguageModel, random weights, float32, with a byte tokenizer."""
+    made: dict[str, LanguageModel] = {}
+
+    def make(kind: str = "llama") -> LanguageModel:
+        if kind not in made:
+            made[kind] = LanguageModel(make_base(kind), make_tokenizer(named=False), name=kind)
+        return made[kind]
+
+    return make
 
 
 @pytest.fixture(scope="session")

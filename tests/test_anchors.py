@@ -9,8 +9,9 @@ import pytest
 import torch
 from planted import planted_model, planted_split
 
-from experiments.latents.anchors import Config, HideSlots, receiver_heads, run
+from experiments.latents.anchors import Config, receiver_heads, run
 from experiments.study.shared import Result
+from steering.replacements import HideSlots
 
 
 def found(out: Path, carrier: str) -> Result:

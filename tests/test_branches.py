@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from codi import CodiModel, LatentRollout, UserError
+import lm.generate
+from codi import CodiModel, LatentRollout, UserError, engines
 from codi import branches as engine
-from codi.branches import BranchAnswers, Branches, EditTable, decode_branches
-from codi.cache import BranchCache
+from codi.branches import BranchAnswers, decode_branches
+from codi.edits import Branches, EditTable
+from lm.cache import BranchCache
 
 N_LATENTS = 4
 MAX_NEW = 4
@@ -55,7 +57,7 @@ def doubles(tiny_model: Callable[..., CodiModel]) -> Callable[..., CodiModel]:
             model.base, model.prj = copy.deepcopy(model.base).double(), copy.deepcopy(model.prj).double()
             model.decoder = model.base.base_model
             blocks = getattr(model.decoder, "layers", None)
-            model.layers = model.decoder.h if blocks is None else blocks
+            model.blocks = model.decoder.h if blocks is None else blocks
             made[key] = with_frequent_eos(model)
         return made[key]
 
@@ -418,8 +420,8 @@ def test_coefficient_zero_is_bit_identical(
     repeated = decode_branches(model, run, table, branches, **options)
     assert repeated.n_computed < len(branches), "unedited rows are computed once"
     # Computed one by one all the same, with and without a direction: not a bit differs.
-    monkeypatch.setattr(engine, "_has_edit", lambda branches, table: torch.ones(len(branches), dtype=torch.bool))
-    monkeypatch.setattr(engine, "_distinct", lambda branches, table: (torch.arange(len(branches)),) * 2)
+    monkeypatch.setattr(engine, "has_edit", lambda branches, table: torch.ones(len(branches), dtype=torch.bool))
+    monkeypatch.setattr(engine, "distinct_rows", lambda branches, table: (torch.arange(len(branches)),) * 2)
     with_zero = decode_branches(model, run, table, branches, drafts=False, **options)
     without = decode_branches(model, run, table, branches.without_edit(), drafts=False, **options)
     assert with_zero.n_computed == len(branches)
@@ -535,7 +537,7 @@ def test_mirrors_and_repeats_are_computed_once(doubles: Any, space: str, part: s
     model = doubles("llama")
     run = model.rollout(model.encode(QUESTIONS), N_LATENTS)
     table, rows = random_edits(model, space, part, seed=6, size=40, n_edits=n_edits)
-    rows = rows.select(engine._has_edit(rows, table).nonzero()[:, 0])
+    rows = rows.select(engine.has_edit(rows, table).nonzero()[:, 0])
     # A table with mirrors behind the directions, and last one that differs from the first in its smallest number only.
     parts = {name: getattr(table, name) for name in ("keys", "values", "vectors") if getattr(table, name) is not None}
     other = {name: x[:1].where(x[:1].abs() > x[:1].abs().min(), 0.0) for name, x in parts.items()}
@@ -574,13 +576,13 @@ def test_drafts_save_passes(doubles: Any, monkeypatch: pytest.MonkeyPatch) -> No
     run = model.rollout(model.encode(QUESTIONS), N_LATENTS)
     table, branches = random_edits(model, "kv", size=60, scale=1e-3)
     passes: list[int] = []
-    feed = engine.feed
+    feed = lm.generate.feed
 
     def counted(model: CodiModel, embeddings: Tensor, *rest: Any) -> Any:
         passes.append(embeddings.shape[0])
         return feed(model, embeddings, *rest)
 
-    monkeypatch.setattr(engine, "feed", counted)
+    monkeypatch.setattr(lm.generate, "feed", counted)
     found = [
         decode_branches(model, run, table, branches, timing="cached", max_new_tokens=MAX_NEW, drafts=drafts)
         for drafts in (False, True)
@@ -609,14 +611,14 @@ def test_memory_running_out_halves_the_batch(doubles: Any, monkeypatch: pytest.M
     run = model.rollout(model.encode(QUESTIONS), N_LATENTS)
     table, branches = random_edits(model, "kv", size=60)
     expected = decode_branches(model, run, table, branches, max_new_tokens=2)
-    decode = engine._decode_shared
+    decode = engine.decode_shared
 
     def limited(job: Any, rows: Branches, *rest: Any) -> Any:
         if len(rows) > 5:
             raise torch.OutOfMemoryError("out of memory")
         return decode(job, rows, *rest)
 
-    monkeypatch.setattr(engine, "_decode_shared", limited)
+    monkeypatch.setattr(engine, "decode_shared", limited)
     found = decode_branches(model, run, table, branches, max_new_tokens=2)
     assert found.tokens == expected.tokens
     assert found.batch_size <= 5 < expected.batch_size
@@ -624,7 +626,7 @@ def test_memory_running_out_halves_the_batch(doubles: Any, monkeypatch: pytest.M
     def broken(*_: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(engine, "_decode_shared", broken)
+    monkeypatch.setattr(engine, "decode_shared", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         decode_branches(model, run, table, branches)
 
@@ -638,7 +640,7 @@ def test_long_answers_and_finished_rows_that_stay(doubles: Any, monkeypatch: pyt
     expected = decode_branches(model, run, table, branches, engine="clones", max_new_tokens=12)
     assert len(set(map(len, expected.tokens))) > 2 and max(map(len, expected.tokens)) > 8
     for share in (0.0, 0.5, 1.0):  # finished rows stay to the end, for a while, not at all
-        monkeypatch.setattr(engine, "_WORTH_KEEPING", share)
+        monkeypatch.setattr(engines, "_WORTH_KEEPING", share)
         found = decode_branches(model, run, table, branches, **options)
         assert found.tokens == expected.tokens and found.finished == expected.finished
 

@@ -91,6 +91,7 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nested_for_tests.py").write_text(textwrap.dedent(NESTED))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
+
     def command(module: str, config: str, line: str) -> Command:
         return Command(f"{module}:{config}", f"{module}:main", line)
 

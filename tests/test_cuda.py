@@ -15,7 +15,8 @@ import torch
 from pretend_cuda import OnDevice, pretend_cuda
 
 from codi import LatentRollout, load_codi
-from codi.branches import Branches, EditTable, decode_branches
+from codi.branches import decode_branches
+from codi.edits import Branches, EditTable
 from experiments.sweep.run import SweepConfig, sweep
 from experiments.sweep.trials import read_trials
 

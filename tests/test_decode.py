@@ -10,8 +10,10 @@ from conftest import KINDS
 from oracle import Oracle
 
 from codi import CodiModel, Intervention, UserError, decode_answers
-from codi.cache import cache_length
-from codi.decode import default_new_tokens, exclude, most_probable, to_text
+from codi.decode import default_new_tokens
+from lm.cache import cache_length
+from lm.generate import exclude, most_probable
+from lm.text import to_text
 
 FAMILY_OF = {
     "llama": "answer-only",
@@ -47,7 +49,7 @@ def test_answers_are_those_of_the_float64_oracle(tiny_model, questions, kind, n_
         ids = batch.input_ids[row][batch.attention_mask[row]].tolist()
         x, _, _ = oracle.run(ids, n_latents)
         tokens, first = oracle.answer(x, model.protocol.after_latents, 3)
-        logits = exclude(model, found.first_logits)[row].double()
+        logits = exclude(found.first_logits, model.protocol.excluded_logits)[row].double()
         kept = first.isfinite()
         assert kept.sum() == model.vocab_size - len(model.protocol.excluded_logits)
         assert torch.equal(logits.isfinite(), kept)
@@ -68,7 +70,7 @@ def test_modes_without_latents(tiny_model, questions, kind, mode):
             ids = model.tokenizer(text)["input_ids"] + list(model.protocol.before(mode))
             tokens, _ = oracle.answer(oracle.embedding[torch.tensor(ids)], (), 4)
             assert found[row] == tokens
-        assert model.answer(questions[:3], mode=mode, max_new_tokens=4) == [to_text(model, t) for t in found]
+        assert model.answer(questions[:3], mode=mode, max_new_tokens=4) == [to_text(model.tokenizer, t) for t in found]
 
 
 def test_direct_is_not_zero_latents(codi_model, questions):
@@ -103,7 +105,7 @@ def test_finished_rows_leave_the_batch(codi_model, questions, monkeypatch):
         cut = tokens.index(eos) if eos in tokens else len(tokens)
         assert found.tokens[row] == tokens[:cut]
         assert found.finished[row] == (eos in tokens)
-        assert found.texts[row] == to_text(model, tokens[:cut])
+        assert found.texts[row] == to_text(model.tokenizer, tokens[:cut])
     assert found.finished[1] and not all(found.finished)
     assert fed[0] == (4, 1) and fed[-1] == (4 - sum(found.finished), 1)
     assert cache_length(run.past_key_values) == run.prompt_width + 6
@@ -214,7 +216,7 @@ def test_draws_follow_the_softmax(codi_model, questions):
 
 def test_text_leaves_out_what_is_not_text(codi_model):
     ids = codi_model.tokenizer("42")["input_ids"]
-    assert to_text(codi_model, [*ids, codi_model.protocol.eot_id, 100_000]) == "42"
+    assert to_text(codi_model.tokenizer, [*ids, codi_model.protocol.eot_id, 100_000]) == "42"
 
 
 def test_default_lengths(tiny_model):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lm.terms import SPACES
 from steering.directions import (
-    SPACES,
     Direction,
     covariance_matched,
     difference,

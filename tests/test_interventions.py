@@ -7,7 +7,8 @@ import torch
 
 from codi.branches import decode_branches
 from codi.decode import decode_answers
-from steering.directions import SPACES, Direction, difference, generator, patch_norm, random_direction
+from lm.terms import SPACES
+from steering.directions import Direction, difference, generator, patch_norm, random_direction
 from steering.interventions import AddDirection, Edit, ReplaceLatent, branches, coefficients_of, edit_table
 from steering.means import LatentMeansAccumulator
 

@@ -57,7 +57,7 @@ def test_last_block_through_the_lens_is_the_model(tiny_model: Callable[..., Codi
     model = tiny_model(kind)
     batch = model.encode(["3+4=?"])
     caught = []
-    handle = model.layers[-1].register_forward_hook(
+    handle = model.blocks[-1].register_forward_hook(
         lambda module, args, out: caught.append(out if isinstance(out, torch.Tensor) else out[0])
     )
     with torch.no_grad():

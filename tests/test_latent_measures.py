@@ -11,7 +11,6 @@ import torch
 from codi import CodiModel
 from experiments.alternation.observe import (
     DEPTH,
-    MeanAblation,
     Observations,
     Readings,
     Reference,
@@ -25,6 +24,7 @@ from experiments.alternation.observe import (
     readability,
 )
 from experiments.tasks import Problem, is_correct, load_task
+from steering.replacements import MeanAblation
 
 
 def test_hit_and_chance_by_hand() -> None:

@@ -10,8 +10,8 @@ from conftest import KINDS
 from oracle import Oracle
 
 from codi import EncodedBatch, Intervention
-from codi.cache import cache_length, clone_cache, read_slots
 from codi.rollout import KEEP
+from lm.cache import cache_length, clone_cache, read_slots
 
 N = 4
 FAMILIES = ("answer-only", "original", "original-eos")
@@ -381,7 +381,7 @@ def test_an_edit_changes_what_follows_and_leaves_no_trace(tiny_model, questions,
     assert_same_run(model.rollout(prompt, N), plain)
     for key, value in model.base.state_dict().items():
         assert torch.equal(value, weights[key]), key
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.layers)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.blocks)
 
 
 def test_hooks_are_removed_when_an_intervention_fails(codi_model, questions):
@@ -391,7 +391,7 @@ def test_hooks_are_removed_when_an_intervention_fails(codi_model, questions):
 
     with pytest.raises(RuntimeError, match="broken"):
         codi_model.rollout(codi_model.encode(questions), 1, [Broken()])
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in codi_model.layers)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in codi_model.blocks)
 
 
 def test_edits_do_what_they_say(codi_model, questions):

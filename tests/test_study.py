@@ -12,18 +12,9 @@ from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
 from codi.decode import decode_answers
-from experiments.study.shared import (
-    ReplaceRows,
-    StudyOptions,
-    answer_rows,
-    answer_table,
-    divergence,
-    forced,
-    load_prompts,
-    open_study,
-    replace_embeddings,
-    think,
-)
+from codi.forced import divergence, forced
+from experiments.study.shared import StudyOptions, answer_rows, answer_table, load_prompts, open_study, think
+from steering.replacements import ReplaceRows, replace_embeddings
 
 
 def test_forced_answers_are_the_greedy_ones(codi_model: CodiModel, questions: list[str]) -> None:

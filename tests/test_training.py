@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from codi import CodiModel
-from codi.checkpoint import add_lora, load_codi, reference_state, save_checkpoint
+from codi.checkpoint import load_codi, reference_state, save_checkpoint
+from codi.lora import add_lora
 from codi.training import DistillationLoss, MergedLora, TeacherLoss, _step_ends, collate, cosine_schedule
 
 

@@ -9,8 +9,9 @@ import torch
 from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
-from experiments.latents.transfer import AblatePrompt, Config, prompt_means, run
+from experiments.latents.transfer import Config, prompt_means, run
 from experiments.study.shared import Result
+from steering.replacements import AblatePrompt
 
 
 def moved(out: Path, carrier: str) -> Result:

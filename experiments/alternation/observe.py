@@ -22,20 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codi import Intervention, decode_answers
-from codi.cache import clone_cache
-from codi.rollout import feed
+from codi import decode_answers
 from experiments.statistics.probes import Design, ProbeScores, Target, probe
 from experiments.study.targets import targets_of
 from experiments.tasks import Problem, is_correct
+from lm.cache import clone_cache
+from lm.forward import feed
 from steering.means import content_keys
+from steering.replacements import MeanAblation
 
 if TYPE_CHECKING:
     from codi import CodiModel, EncodedBatch, LatentRollout
     from lenses.latent_lens import LatentLens
 
 __all__ = [
-    "DEPTH", "MeanAblation", "Observations", "Readings", "Reference", "chance_corrected", "components", "detection",
+    "DEPTH", "Observations", "Readings", "Reference", "chance_corrected", "components", "detection",
     "number_tokens", "observe", "principal_plane", "read", "readability", "steps_of",
 ]  # fmt: skip
 
@@ -295,21 +296,6 @@ def readability(
 
 
 # --- Running the model ------------------------------------------------------------------------------------------------
-
-
-class MeanAblation(Intervention):
-    """Feeds the mean embedding of a latent instead of the prompt's own: what the latent knew about the prompt is gone.
-
-    Args:
-        latent: 1-based.
-        mean: (d_model,) mean of z at that latent, over other prompts.
-    """
-
-    def __init__(self, latent: int, mean: Tensor) -> None:
-        self.latent, self.mean = latent, mean
-
-    def edit_embedding(self, k: int, z: Tensor) -> Tensor:
-        return self.mean.to(z).expand_as(z) if k == self.latent else z
 
 
 def observe(

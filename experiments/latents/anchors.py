@@ -5,7 +5,7 @@ everything after it see the change) or its cache slot ("slot": only later reader
 prompt with another key (step 1, Z) ("unmatched"), with the same key ("matched", the control: nothing that the answer
 depends on has changed), or per-coordinate Gaussian noise ("noise", vectors only). Measured at the answer, against the
 unedited run:
-    KL    divergence of the answer's distribution, in nats, along the unedited answer (see `study.divergence`)
+    KL    divergence of the answer's distribution, in nats, along the unedited answer (see `codi.divergence`)
     flip  whether the greedy answer is another one
 Importance = unmatched minus matched, paired.
 
@@ -38,23 +38,21 @@ from torch import Tensor
 
 from codi import Intervention, Prefill
 from codi.decode import decode_answers
+from codi.forced import divergence, forced
 from codi.rope import rotate, unrotate
 from experiments.figures.series import baseline, from_zero
 from experiments.figures.style import legend
 from experiments.latents.patch.run import claimed_latents
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
-    ReplaceRows,
     Result,
     StudyOptions,
     Thoughts,
     answer_table,
     compare,
-    divergence,
     draw_matrix,
     draw_series,
     effect_claim,
-    forced,
     interval,
     levels,
     load_model,
@@ -69,11 +67,12 @@ from experiments.study.shared import (
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from steering.directions import generator
+from steering.replacements import HideSlots, ReplaceRows
 
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["Config", "HideSlots", "main", "receiver_heads", "resampling", "run", "suppression"]
+__all__ = ["Config", "main", "receiver_heads", "resampling", "run", "suppression"]
 
 KINDS = (
     ("vector", "unmatched"),
@@ -101,32 +100,6 @@ class Config(StudyOptions):
         super().__post_init__()
         if self.shuffles < 20:
             raise ValueError(f"shuffles must be at least 20, got {self.shuffles}")
-
-
-class HideSlots(Intervention):
-    """Hides one column of the past from one reader, row by row.
-
-    Args:
-        columns: (row,) index into the key positions; -1: nothing is hidden; -2: the whole prompt; -3: the question
-            without its first token and without the protocol's tokens behind it, on which attention often rests when it
-            reads nothing.
-        readers: (row,) the latent 1..n that must not look, or n + 1: the answer; 0: everybody later.
-        prompt_width: columns of the padded prompt.
-        question: (row, 2) first and last column + 1 of the question without its first token; needed for -3.
-    """
-
-    def __init__(self, columns: Tensor, readers: Tensor, prompt_width: int, question: Tensor | None = None) -> None:
-        self._columns, self._readers, self._width, self._question = columns, readers, prompt_width, question
-
-    def edit_mask(self, k: int, mask: Tensor) -> Tensor:
-        places = torch.arange(mask.shape[1], device=mask.device)
-        columns, readers = self._columns.to(mask.device)[:, None], self._readers.to(mask.device)[:, None]
-        hidden = (places == columns) | ((columns == -2) & (places < self._width))
-        if self._question is not None:
-            first, last = self._question.to(mask.device)[:, :1], self._question.to(mask.device)[:, 1:]
-            hidden |= (columns == -3) & (places >= first) & (places < last)
-        reads = (readers == k) | ((readers == 0) & (columns < self._width + k - 1))
-        return mask & ~(hidden & reads)
 
 
 def _key(problem: Problem) -> tuple[float, int]:

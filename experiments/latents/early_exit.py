@@ -29,6 +29,7 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
+from codi.forced import forced
 from experiments.figures.style import CONTROL, FAINT, SERIES, legend
 from experiments.latents.claims import number_claims
 from experiments.statistics.clusters import Settings, cluster_codes, cluster_sums, interval_of
@@ -39,7 +40,6 @@ from experiments.study.shared import (
     answer_table,
     compare,
     draw_series,
-    forced,
     interval,
     levels,
     load_model,

@@ -43,10 +43,10 @@ from experiments.study.modes import evaluate
 from experiments.study.parts import Part, Workbench
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
-from experiments.study.shared import replace_embeddings
 from experiments.study.thoughts import derivation_means, evaluation_thoughts
 from experiments.tasks.split import Split
 from steering.directions import generator, patch_coordinate, patch_norm, patch_scalar
+from steering.replacements import replace_embeddings
 
 if TYPE_CHECKING:
     from codi import CodiModel

@@ -38,7 +38,6 @@ from experiments.figures.series import draw_points, spread
 from experiments.figures.style import GUIDE, SERIES, legend
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
-    ReplaceRows,
     Result,
     StudyOptions,
     answer_rows,
@@ -58,11 +57,12 @@ from experiments.study.shared import (
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from steering.directions import generator
+from steering.replacements import AblatePrompt, RecordPrompt, ReplaceRows
 
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["AblatePrompt", "Config", "main", "prompt_means", "run", "transferred"]
+__all__ = ["Config", "main", "prompt_means", "run", "transferred"]
 
 Story = tuple[str, str, int]
 """Template, operation, number of tokens."""
@@ -78,37 +78,6 @@ class Config(StudyOptions):
     """Number of evaluation prompts (a seeded choice); None: all. Prompts without a donor of the same value drop out."""
     draws: int = 3
     """Donors per prompt, and draws of noise."""
-
-
-class _Record(Intervention):
-    """Keeps the residual stream of the prompt, layer by layer, as the blocks hand it on."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, Tensor] = {}
-
-    def edit_prompt_layer(self, layer: int, x: Tensor) -> Tensor:
-        self.layers[layer] = x
-        return x
-
-
-class AblatePrompt(Intervention):
-    """Replaces the residual stream of whole prompts by given means, aligned at the last token.
-
-    Args:
-        means: per row (layer 0..n_layers, position, d_model), positions as many as the prompt has tokens.
-        embeddings: also replace layer 0; the published ablation does not, and leaks.
-    """
-
-    def __init__(self, means: Sequence[Tensor], embeddings: bool = True) -> None:
-        self._means, self._first = list(means), 0 if embeddings else 1
-
-    def edit_prompt_layer(self, layer: int, x: Tensor) -> Tensor:
-        if layer < self._first:
-            return x
-        x = x.clone()
-        for row, mean in enumerate(self._means):
-            x[row, x.shape[1] - mean.shape[1] :] = mean[layer].to(x)
-        return x
 
 
 def _story(problem: Problem, length: int) -> Story:
@@ -143,7 +112,7 @@ def prompt_means(
         total = torch.zeros(())
         for start in range(0, len(rows), batch_size):
             chunk = [problems[row].question for row in rows[start : start + batch_size]]
-            record = _Record()
+            record = RecordPrompt()
             model.prefill(model.encode(chunk), [record], keep=())
             layers = torch.stack([record.layers[layer] for layer in range(model.n_layers + 1)], dim=1)
             total = total + layers.double().sum(0).cpu()

@@ -235,9 +235,7 @@ class PromptOptions(TaskOptions):
         from experiments.study.prompts import two_splits
 
         suffix = question_suffix if self.suffix else ""
-        return two_splits(
-            self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, **self.bounds
-        )
+        return two_splits(self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, **self.bounds)
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from codi import Intervention, LatentRollout, Prefill
-from codi.branches import BranchAnswers, Branches, EditTable, Timing, decode_branches
-from codi.cache import clone_cache
+from codi import Intervention, Prefill
 from codi.decode import decode_answers
-from codi.rollout import feed, overrides
 from experiments.figures.heatmap import MARKS, draw_matrix, marked
 from experiments.figures.series import draw_series
 from experiments.figures.style import PALETTE, in_style, new_figure, note, save
@@ -46,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PALETTE",
     "Bank",
-    "ReplaceRows",
     "Result",
     "StudyFolder",
     "StudyOptions",
@@ -54,11 +50,9 @@ __all__ = [
     "answer_rows",
     "answer_table",
     "compare",
-    "divergence",
     "draw_matrix",
     "draw_series",
     "effect_claim",
-    "forced",
     "interval",
     "levels",
     "load_model",
@@ -67,7 +61,6 @@ __all__ = [
     "new_figure",
     "open_study",
     "p_text",
-    "replace_embeddings",
     "row_of",
     "rows_of",
     "stderr",
@@ -221,41 +214,6 @@ def stderr(line: str) -> None:
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
-Place = tuple[str, int, int]
-
-
-class ReplaceRows(Intervention):
-    """Replaces what a rollout computes by given values, row by row.
-
-    Args:
-        values: place -> (active (row,) bool, value (row, …)). Places: ("embedding", k, 0) is z_k; ("hidden", k, 0) is
-            h_{k-1} before it becomes z_k; ("layer", k, l) the residual stream at latent k after layer l; ("keys", k, l)
-            and ("values", k, l) the cache slot of latent k in layer l = 1..n_layers. Inactive rows stay as they are.
-    """
-
-    def __init__(self, values: Mapping[Place, tuple[Tensor, Tensor]]) -> None:
-        self._values = dict(values)
-
-    def _at(self, place: Place, x: Tensor) -> Tensor:
-        if place not in self._values:
-            return x
-        active, value = self._values[place]
-        active = active.to(x.device).view(-1, *[1] * (x.dim() - 1))
-        return torch.where(active, value.to(x.device, x.dtype), x)
-
-    def edit_embedding(self, k: int, z: Tensor) -> Tensor:
-        return self._at(("embedding", k, 0), z)
-
-    def edit_hidden(self, k: int, h: Tensor) -> Tensor:
-        return self._at(("hidden", k, 0), h)
-
-    def edit_layer(self, k: int, layer: int, x: Tensor) -> Tensor:
-        return self._at(("layer", k, layer), x)
-
-    def edit_kv(self, k: int, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self._at(("keys", k, layer), keys), self._at(("values", k, layer), values)
-
-
 Edits = Callable[[Tensor], Sequence[Intervention]]
 """Row numbers of one batch -> interventions that see exactly these rows."""
 
@@ -289,128 +247,6 @@ def answer_rows(
         run = model.rollout(prefill.select(rows[here]), number, interventions, keep=("cache",))
         texts += decode_answers(model, run, max_new_tokens, interventions=interventions).texts
     return texts
-
-
-def replace_embeddings(
-    model: CodiModel,
-    run: LatentRollout,
-    vectors: Tensor,
-    prompt: Tensor,
-    latent: Tensor,
-    direction: Tensor,
-    coefficient: Tensor | float = 1.0,
-    *,
-    timing: Timing = "continue",
-    max_new_tokens: int | None = None,
-    batch_size: int | None = None,
-) -> BranchAnswers:
-    """Answers with z_k of some latents replaced by coefficient · vector, through the branch engine.
-
-    A row whose every replacement is what its prompt has there anyway is the unedited answer.
-
-    Args:
-        model: the model.
-        run: unedited rollout with embeddings and cache.
-        vectors: (direction, d_model).
-        prompt: (row,) row of the run.
-        latent: (row,) or (row, edit) latents to replace.
-        direction: like latent: which vector, -1: leave it alone.
-        coefficient: like latent, or one for all.
-        timing, max_new_tokens, batch_size: of the decoding.
-    """
-    assert run.embeddings is not None, "the run must have kept its embeddings"
-    coefficients = torch.as_tensor(coefficient, dtype=torch.float32).expand(latent.shape)
-    flat = (latent.view(len(prompt), -1), direction.view(len(prompt), -1), coefficients.reshape(len(prompt), -1))
-    table = vectors.to(run.embeddings.device, torch.float32)
-    moved = torch.zeros(len(prompt), dtype=torch.bool)
-    for latents, directions, scales in zip(*(x.unbind(1) for x in flat), strict=True):
-        for start in range(0, len(prompt), 4096):
-            rows = slice(start, start + 4096)
-            wanted = (scales[rows, None].to(table) * table[directions[rows].clamp(min=0)]).to(run.embeddings.dtype)
-            own = run.embeddings[prompt[rows], latents[rows] - 1]
-            moved[rows] |= ((wanted != own).any(1).cpu()) & (directions[rows] >= 0)
-    chosen = torch.where(moved.view(-1, *[1] * (direction.dim() - 1)), direction, torch.full_like(direction, -1))
-    return decode_branches(
-        model,
-        run,
-        EditTable("embedding", vectors=table),
-        Branches(prompt, latent, chosen, torch.zeros(latent.shape), coefficients, replace=chosen >= 0),
-        timing=timing,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-
-
-@torch.no_grad()
-def forced(
-    model: CodiModel,
-    run: LatentRollout,
-    tokens: Sequence[Sequence[int]],
-    interventions: Sequence[Intervention] = (),
-    hidden_states: bool = False,
-    attentions: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What the model says at every position of given answers, after the run.
-
-    Args:
-        model: the model.
-        run: rollout that kept its cache; not changed.
-        tokens: per row an answer without its end of text (the unedited run's own answer, usually).
-        interventions: of which `edit_mask` with k = n_latents + 1 applies.
-        hidden_states, attentions: also return them, at the last end-of-thought token (attentions need eager attention).
-
-    Returns:
-        log-probabilities (row, position, vocab) float32 in nats for the answer's tokens and the end of text;
-        (row, position) bool, True where an answer has that position;
-        hidden states (row, layer, d_model) and attentions (row, layer, head, key position) at the end-of-thought token,
-        or None.
-    """
-    assert run.past_key_values is not None, "the run must have kept its cache"
-    size, device = len(run), run.states.device
-    after = list(model.protocol.after_latents)
-    longest = max(len(answer) for answer in tokens) + 1
-    fed = torch.full((size, len(after) + longest - 1), model.protocol.eos_id, device=device)
-    there = torch.zeros(size, longest, dtype=torch.bool, device=device)
-    for row, answer in enumerate(tokens):
-        fed[row, : len(after)] = torch.tensor(after, device=device)
-        fed[row, len(after) : len(after) + len(answer)] = torch.tensor(list(answer), dtype=torch.long, device=device)
-        there[row, : len(answer) + 1] = True
-    mask = torch.cat((run.attention_mask, torch.ones_like(fed, dtype=torch.bool)), dim=1)
-    seen: Tensor | None = mask
-    masked = overrides(interventions, "edit_mask")
-    if model.mask == "published":
-        seen = torch.ones_like(mask) if masked else None
-    if masked and seen is not None:
-        for one in interventions:
-            seen = one.edit_mask(run.n_latents + 1, seen)
-    first = run.first_position + run.n_latents
-    positions = first[:, None] + torch.arange(fed.shape[1], device=device)
-    model.check_length(int(positions.max()) + 1)
-    cache = clone_cache(run.past_key_values)
-    step = feed(model, model.embed(fed), cache, seen, positions, hidden_states=hidden_states, attentions=attentions)
-    at = len(after) - 1
-    logp = model.logits(step.last[:, at:]).float().log_softmax(-1)
-    layers = None if step.hidden_states is None else step.hidden_states[:, at]
-    weights = None if step.attentions is None else step.attentions[:, at]
-    return logp, there, layers, weights
-
-
-def divergence(before: Tensor, after: Tensor, there: Tensor) -> Tensor:
-    """KL(before || after) of the answer's distribution along the answer that was forced, in nats, 0 or more.
-
-    Sum over the positions of the forced answer (its end of text included) of the KL divergence between the two
-    next-token distributions. It is part of the full KL over all answers: the part along that answer.
-
-    Args:
-        before, after: (row, position, vocab) log-probabilities from `forced`.
-        there: (row, position) which positions count.
-
-    Returns:
-        (row,) float64.
-    """
-    a, b = before.double(), after.double()
-    each = (a.exp() * (a - b)).sum(-1).clamp_min(0)
-    return torch.where(there, each, torch.zeros_like(each)).sum(1)
 
 
 def answer_table(
@@ -453,5 +289,3 @@ def row_of(table: pd.DataFrame, condition: str, reference: str | None = None) ->
 def rows_of(table: pd.DataFrame, conditions: Sequence[str], **chosen: Any) -> pd.DataFrame:
     """The rows with these conditions, in that order, where the other columns have the chosen values."""
     return effects.rows_of(table, [{"condition": name, **chosen} for name in conditions])
-
-

@@ -11,13 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar
 
-from lm.terms import CONTROLS, PAIR_CONTROLS, PATCH_CONTROLS
-from steering.directions import (
+from lm.terms import (
+    CONTROLS,
+    PAIR_CONTROLS,
+    PARTS,
+    PATCH_CONTROLS,
     SPACES,
-    Direction,
+    TIMINGS,
+    DrawNorm,
+    KeyFrame,
+    Part,
     Space,
+    Timing,
+)
+from steering.directions import (
+    Direction,
     covariance_matched,
     difference,
     generator,
@@ -29,16 +39,14 @@ from steering.directions import (
     shuffled_difference,
     typical,
 )
-from steering.interventions import PARTS, Edit, Part
+from steering.interventions import Edit
 from steering.means import ControlDraws, LatentMeans
 
 __all__ = [
-    "TIMINGS",
     "Cell",
     "Condition",
     "GridOptions",
     "Name",
-    "Timing",
     "conditions",
     "directions",
     "names",
@@ -51,8 +59,6 @@ __all__ = [
 ]
 
 Word = TypeVar("Word", bound=str)
-Timing = Literal["early-exit", "continue", "cached"]
-TIMINGS: tuple[Timing, ...] = get_args(Timing)
 _PATCHES = {"patch-scalar": patch_scalar, "patch-coordinate": patch_coordinate, "patch-norm": patch_norm}
 
 Cell = tuple[int, int, float]
@@ -173,8 +179,8 @@ class GridOptions:
     coefficients: tuple[float, ...] = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
     controls: tuple[str, ...] = ("random",)
     draws: int = 20
-    draw_norm: Literal["pair", "pooled"] = "pair"
-    keys: Literal["content", "raw"] = "content"
+    draw_norm: DrawNorm = "pair"
+    keys: KeyFrame = "content"
     layers: tuple[int, ...] | None = None
     kv_heads: tuple[int, ...] | None = None
     key_scale: float = 1.0

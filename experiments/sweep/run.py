@@ -34,10 +34,8 @@ from experiments.study.answers import judged
 from experiments.study.folder import RunFolder, versions
 from experiments.study.thoughts import collect_means, rollouts
 from experiments.sweep.grid import (
-    TIMINGS,
     Condition,
     GridOptions,
-    Timing,
     conditions,
     directions,
     parse_choices,
@@ -48,13 +46,11 @@ from experiments.sweep.grid import (
 from experiments.sweep.trials import TRIAL_SCHEMA, read_trials
 from experiments.tasks import Problem
 from experiments.tasks.split import Split, digest, load_split
-from lm.terms import CONTROLS
-from steering.directions import SPACES, Space
-from steering.interventions import PARTS, Part
+from lm.terms import CONTROLS, PARTS, SPACES, TIMINGS, Part, Space, Timing
 
 if TYPE_CHECKING:
     from codi import CodiModel
-    from codi.branches import EditTable
+    from codi.edits import EditTable
     from steering.means import ControlDraws, LatentMeans
 
 __all__ = ["CONFIG", "Plan", "SweepConfig", "main", "make_plan", "run_part", "sweep"]

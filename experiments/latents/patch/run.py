@@ -42,7 +42,6 @@ from experiments.statistics.clusters import Settings
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
     Bank,
-    ReplaceRows,
     Result,
     StudyOptions,
     Thoughts,
@@ -58,7 +57,6 @@ from experiments.study.shared import (
     load_prompts,
     new_figure,
     open_study,
-    replace_embeddings,
     row_of,
     stderr,
     think,
@@ -67,6 +65,7 @@ from experiments.tasks import Problem
 from experiments.tasks import templates as template_task
 from experiments.tasks.split import Split
 from steering.directions import generator
+from steering.replacements import ReplaceRows, replace_embeddings
 
 if TYPE_CHECKING:
     from codi import CodiModel

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from codi.branches import decode_branches
 from codi.decode import decode_answers, default_new_tokens
+from codi.forced import divergence, forced
 from experiments.figures.series import from_zero
 from experiments.figures.style import legend, look
 from experiments.statistics.clusters import Settings, cluster_sums, interval_of
@@ -46,10 +47,8 @@ from experiments.study.shared import (
     StudyOptions,
     answer_table,
     compare,
-    divergence,
     draw_series,
     effect_claim,
-    forced,
     interval,
     levels,
     load_model,
@@ -64,12 +63,13 @@ from experiments.study.shared import (
 from experiments.study.thoughts import collect_means
 from experiments.sweep.cells import cell_statistics
 from experiments.sweep.grid import GridOptions, conditions, directions
-from experiments.sweep.grid import Timing as GridTiming
 from experiments.sweep.run import run_part
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
-from steering.directions import Direction, Space, difference, generator, random_direction
-from steering.interventions import AddDirection, Edit, Part, branches, edit_table
+from lm.terms import Part, Space
+from lm.terms import Timing as GridTiming
+from steering.directions import Direction, difference, generator, random_direction
+from steering.interventions import AddDirection, Edit, branches, edit_table
 from steering.means import content_keys
 
 if TYPE_CHECKING:

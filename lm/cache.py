@@ -129,7 +129,7 @@ def to_device(cache: DynamicCache, device: str | torch.device) -> DynamicCache:
 
 # --- Branches: many rows over shared prefixes -------------------------------------------------------------------------
 
-BRANCH_ATTENTION = "codi_branches"
+BRANCH_ATTENTION = "lm_branches"
 """Name under which the attention of branches is registered with transformers."""
 
 _SPARE = 4  # columns behind the prefix, for the scores of a row's own slots
@@ -458,7 +458,7 @@ AttentionMaskInterface.register(BRANCH_ATTENTION, _no_mask)
 
 # --- Attention for training -------------------------------------------------------------------------------------------
 
-GROUPED_ATTENTION = "codi_grouped"
+GROUPED_ATTENTION = "lm_grouped"
 """Eager attention that does not repeat key/value heads: the backward pass of grouped-query attention copies less."""
 
 

@@ -1,0 +1,76 @@
+"""LoRA layers in a base model: those of a checkpoint, kept apart, or new ones to be trained. The only file that touches
+peft, and only when it is called for: peft takes seconds to import, and merged weights need none of it.
+
+Merging them into the weights needs no peft and is in weights.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codi.protocol import UserError
+from codi.weights import Layout
+
+__all__ = ["add_lora", "attach_lora"]
+
+
+#: the linear layers of a block that CODI adapts, by model type; any other type: all linear layers but the head
+LORA_TARGETS = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -> None:
+    """Freeze a base model and give every linear layer of its blocks trainable LoRA weights, in place.
+
+    weight + (alpha / r) · B A, with B = 0 at the start: the model computes what it did before.
+
+    Args:
+        base: Hugging Face causal language model.
+        r, alpha: rank and scale; published CODI uses 128 and 32.
+        dropout: on the input of the LoRA branch, 0..1.
+
+    Source: Hu et al. 2021, LoRA, arXiv 2106.09685; settings of Shen et al. 2025, arXiv 2502.21074.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if r < 1:
+        raise UserError(f"the LoRA rank must be at least 1, got {r}")
+    kind = base.config.model_type
+    targets = LORA_TARGETS.get(kind, LLAMA_TARGETS)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        fan_in_fan_out=kind == "gpt2",
+    )
+    inject_adapter_in_model(config, base)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def attach_lora(
+    model: nn.Module, state: Mapping[str, Tensor], layout: Layout, lora_alpha: float, dtype: torch.dtype
+) -> None:
+    """Give a base model the LoRA layers of a checkpoint's weights, in place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    r = layout.lora_r
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a ratio of published settings need not be whole
+        lora_dropout=0.0,
+        target_modules=sorted(layout.lora),
+        fan_in_fan_out=any(layout.lora.values()),
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(config, model)
+    for module in layout.lora:
+        layer: Any = model.get_submodule(module)
+        for side in ("A", "B"):
+            weight = getattr(layer, f"lora_{side}")["default"].weight
+            weight.data = state[f"{layout.prefix}{module}.lora_{side}.default.weight"].to(dtype)
