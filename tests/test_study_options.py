@@ -1,0 +1,194 @@
+"""Options: groups check once, keep their help texts, and say what belongs to a run's identity as runs of today do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from codi import load_codi
+from experiments import cli
+from experiments.commands import COMMANDS
+from experiments.latents.options import NecessityOptions
+from experiments.study.manifest import fingerprint
+from experiments.study.options import (
+    DrawOptions,
+    ModelOptions,
+    Options,
+    PromptOptions,
+    RunOptions,
+    SplitOptions,
+    StudyOptions,
+    changed,
+    command_line,
+    identity_of,
+)
+from experiments.study.run import study_identity
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).parent / "data"
+HEAVY = ("torch", "pandas", "numpy", "transformers", "pyarrow")
+NOT_YET = (  # their options are still in modules that import torch; the next phase moves them
+    "sweep", "stats", "plot", "eval", "train", "lens", "alternation", "probes", "patch", "transfer", "pca", "anchors",
+    "early-exit", "findings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Own(DrawOptions, StudyOptions):
+    """A study for the tests."""
+
+    COMMAND: ClassVar[str] = "own"
+    AT_LEAST: ClassVar[dict[str, float]] = {"limit": 2, "depth": 1}
+
+    out: Path = Path("runs/own")
+    draws: int = 7
+    depth: int = 4
+    """How deep."""
+    names: tuple[str, ...] = ("a", "b")
+    """Which."""
+
+
+def test_an_overridden_default_keeps_its_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(Own, ["--help"], "codi own")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    draws = "Draws of every random replacement or control, seeded; use 200 for a publication."
+    out = "Run folder. One that holds the same run is continued; one that holds another run is refused."
+    assert f"--draws INT {draws} (default: 7)" in shown and f"--out PATH {out} (default: runs/own)" in shown
+    assert "--depth INT How deep. (default: 4)" in shown
+    assert shown.index("--model") < shown.index("--task") < shown.index("--out") < shown.index("--depth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"limit": 1}, "limit must be at least 2, got 1"),  # the study asks for more than the group
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"derivation": 1}, "derivation must be at least 2, got 1"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"batch_size": 0}, "batch-size must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max-new-tokens must be at least 1, got 0"),
+        ({"resamples": 99}, "resamples must be at least 100, got 99"),
+        ({"permutations": 10}, "permutations must be at least 100, got 10"),
+        ({"level": 1.0}, "level must lie between 0 and 1, got 1.0"),
+        ({"min_steps": 4, "max_steps": 3}, "min-steps must not exceed max-steps, got 4 and 3"),
+    ],
+)
+def test_values_are_checked_once_where_the_option_is(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Own(**changes)
+    assert str(caught.value) == says
+    assert Own(limit=None, max_new_tokens=None, max_steps=3).limit is None
+
+
+def test_identity_is_what_decides_the_result() -> None:
+    moved = Own(model="other", device="cpu", out=Path("x"), batch_size=3, resamples=100, permutations=100, level=0.9)
+    assert identity_of(moved) == identity_of(Own())
+    elsewhere = {"model", "device", "out", "batch_size", "resamples", "permutations", "level"}
+    assert not elsewhere & identity_of(Own()).keys()
+    for changes in ({"seed": 1}, {"depth": 5}, {"rope": "published"}, {"task": "arithmetic"}, {"names": ("a",)}):
+        assert identity_of(Own(**changes)) != identity_of(Own()), changes
+    json.dumps(identity_of(Own()))
+
+
+def test_an_option_that_came_later_changes_no_old_identity() -> None:
+    assert "reach" not in identity_of(Own()) and identity_of(Own(reach=100))["reach"] == 100
+
+    @dataclass(frozen=True)
+    class Later(RunOptions, SplitOptions, ModelOptions):
+        """A command without --rope in its early runs, whose numbers depend on the batch."""
+
+        LATER: ClassVar[frozenset[str]] = frozenset({"rope", "min_steps", "max_steps"})
+        IDENTITY: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+
+        batch_size: int = 64
+
+    early = {"base", "protocol", "lora_alpha", "mask", "dtype", "task", "limit", "suffix", "split", "seed"}
+    early.add("batch_size")
+    assert identity_of(Later()).keys() == early
+    assert identity_of(Later(rope="published")).keys() == early | {"rope"}
+
+
+def test_identity_of_a_study_is_that_of_todays_manifest() -> None:
+    today = json.loads((DATA / "manifest_necessity.json").read_text(encoding="utf-8"))
+    model = load_codi(ROOT / "checkpoints" / "tiny")
+    options = NecessityOptions()
+    identity = study_identity(options, model, options.load_split(options.seed, model.protocol.question_suffix))
+    assert json.loads(json.dumps(identity)) == today["identity"]
+    assert fingerprint(identity) == today["fingerprint"]
+
+
+def test_identity_of_a_sweep_is_that_of_todays_manifest() -> None:
+    from experiments.sweep.run import SweepConfig, make_plan
+
+    today = json.loads((DATA / "manifest_sweep.json").read_text(encoding="utf-8"))
+    identity = make_plan(SweepConfig(), load_codi(ROOT / "checkpoints" / "tiny")).identity()
+    assert fingerprint(identity) == today["fingerprint"]
+
+
+def test_the_command_as_it_is_typed() -> None:
+    options = Own(suffix=False, names=("x y", "z"), reach=3, legacy=True)
+    assert changed(options) == {"suffix": False, "names": ("x y", "z"), "reach": 3, "legacy": True}
+    line = command_line(options)
+    assert line.startswith("codi own ") and "--no-suffix" in line and "--names 'x y' z" in line and "--legacy" in line
+    given = ["--no-suffix", "--names", "x y", "z", "--reach", "3", "--legacy"]
+    assert cli.parse(Own, given, "codi own") == options
+    assert command_line(Own()) == "codi own"
+
+
+def test_prompts_come_from_the_groups() -> None:
+    both = PromptOptions(limit=12, derivation=8, min_steps=9).load_split(0, " Think.")  # steps: not for templates
+    assert (len(both.evaluation), len(both.derivation)) == (12, 8)
+    assert all(problem.question.endswith(" Think.") for problem in both.evaluation)
+    bare = PromptOptions(limit=12, derivation=8, suffix=False).load_split(0, " Think.")
+    assert not any(problem.question.endswith(" Think.") for problem in bare.evaluation)
+    one = SplitOptions(task="arithmetic", limit=5, split="train", reach=50).load_problems(0)
+    assert len(one.evaluation) == 5 and one.derivation == ()
+    assert all(max(problem.answer, *problem.intermediates) >= 50 for problem in one.evaluation)
+    with pytest.raises(ValueError, match="99 known intermediate values"):
+        SplitOptions(limit=5).load_problems(0, known_steps=99)
+
+
+def test_inputs_are_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown task 'templatez': no such file or folder; allowed: arithmetic"):
+        NecessityOptions(task="templatez").check_inputs()
+    NecessityOptions(task="openai/gsm8k:main", out=tmp_path).check_inputs()
+    (tmp_path / "manifest.json").write_bytes((DATA / "manifest_sweep.json").read_bytes())
+    with pytest.raises(ValueError, match="is a run of `codi sweep`, not of `codi necessity`"):
+        NecessityOptions(out=tmp_path).check_inputs()
+    (tmp_path / "manifest.json").write_bytes((DATA / "manifest_necessity.json").read_bytes())
+    NecessityOptions(out=tmp_path, batch_size=3).check_inputs()
+    with pytest.raises(ValueError, match=r"options\.draws: 3 -> 4"):
+        NecessityOptions(out=tmp_path, draws=4).check_inputs()
+
+
+def test_every_field_of_a_group_is_explained() -> None:
+    from tyro._docstrings import get_field_docstring
+
+    for group in (*Options.__subclasses__(), StudyOptions, NecessityOptions):
+        for field in dataclasses.fields(group):
+            assert get_field_docstring(group, field.name, ()), f"{group.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - set(NOT_YET)))
+@pytest.mark.parametrize("arguments", [["--help"], ["--limit", "0"], ["--out", "FOREIGN"], ["--task", "nowhere"]])
+def test_help_and_refusals_import_nothing_heavy(name: str, arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes((DATA / "manifest_sweep.json").read_bytes())
+    given = [name, *(str(tmp_path) if word == "FOREIGN" else word for word in arguments)]
+    code = (
+        f"import sys\nfrom experiments.cli import main\ntry:\n    main({given!r})\n"
+        f"except SystemExit as stop:\n    print(stop.code)\nprint(sorted({set(HEAVY)!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, stopped, heavy = done.stdout.splitlines()
+    assert stopped == ("0" if arguments == ["--help"] else "2") and heavy == "[]"
+    assert bool(done.stderr) == (arguments != ["--help"]) and done.stderr.count("\n") <= 1
