@@ -101,7 +101,7 @@ COMMANDS: dict[str, Command] = {
         "which latents, and which subsets of them, the answer needs",
     ),
     "transfer": Command(
-        "experiments.latents.transfer:Config",
+        "experiments.latents.options:TransferOptions",
         "experiments.latents.transfer:main",
         "ablate the prompt, carry latents from one prompt to another",
     ),
@@ -111,12 +111,12 @@ COMMANDS: dict[str, Command] = {
         "principal components of latents and cache entries; where each edit's effect goes",
     ),
     "anchors": Command(
-        "experiments.latents.anchors:Config",
+        "experiments.latents.options:AnchorsOptions",
         "experiments.latents.anchors:main",
         "thought anchors: resample a latent, suppress attention, see what changes",
     ),
     "early-exit": Command(
-        "experiments.latents.early_exit:Config",
+        "experiments.latents.options:EarlyExitOptions",
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),

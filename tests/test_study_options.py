@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -35,8 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 HEAVY = ("torch", "pandas", "numpy", "transformers", "pyarrow")
 NOT_YET = (  # their options are still in modules that import torch; the next phase moves them
-    "sweep", "stats", "plot", "eval", "train", "lens", "alternation", "probes", "patch", "transfer", "pca", "anchors",
-    "early-exit", "findings",
+    "sweep", "stats", "plot", "eval", "train", "lens", "alternation", "probes", "patch", "pca", "findings",
 )  # fmt: skip
 
 
@@ -124,6 +124,22 @@ def test_identity_of_a_study_is_that_of_todays_manifest() -> None:
     identity = study_identity(options, model, options.load_split(options.seed, model.protocol.question_suffix))
     assert json.loads(json.dumps(identity)) == today["identity"]
     assert fingerprint(identity) == today["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [
+        ("transfer", "074c25ee10a83466f86d97fb3eed085b6575492566ad13b750f37b7b5afb1f66"),
+        ("anchors", "e8de4ed5f446d85a803b9395d4dcaa8c9e2e4affa216b3f4be6e8a7241f51a21"),
+        ("early_exit", "5543f47d4ae20c6670ab815de78f746fe9d61d827088dde3754c1e4c019d0241"),
+    ],
+)
+def test_run_folders_of_studies_go_on(module: str, known: str) -> None:
+    """The fingerprint of a run with default options, from before the studies were data."""
+    study = importlib.import_module(f"experiments.latents.{module}").STUDY
+    model, options = load_codi(ROOT / "checkpoints" / "tiny"), study.options()
+    prompts = study.prompts(options, model.protocol.question_suffix)
+    assert fingerprint(study_identity(options, model, prompts)) == known
 
 
 def test_identity_of_a_sweep_is_that_of_todays_manifest() -> None:
