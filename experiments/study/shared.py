@@ -27,12 +27,12 @@ from codi.branches import BranchAnswers, Branches, EditTable, Timing, decode_bra
 from codi.cache import clone_cache
 from codi.decode import decode_answers
 from codi.rollout import feed, overrides
+from experiments.statistics.clusters import Settings
 from experiments.study import answers, options
 from experiments.study.claims import ClaimsTable, effect_claim
 from experiments.study.folder import RunFolder, open_run
 from experiments.study.thoughts import Bank, Thoughts, think
 from experiments.sweep.cells import (
-    Settings,
     bootstrap_interval,
     cluster_weights,
     max_statistic_p,
