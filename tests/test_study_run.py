@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -70,7 +70,7 @@ def answers(bench: Workbench, *, latent: int, seed: int) -> pd.DataFrame:
 
 
 def conclude(plan: ToyPlan, trials: Trials) -> Findings:
-    table = trials["answers"].groupby("latent", as_index=False)["correct"].mean()
+    table = trials["answers"].groupby("latent")["correct"].mean().reset_index()
 
     def figures() -> dict[str, object]:
         figure, axes = new_figure()
@@ -157,7 +157,7 @@ def test_an_executor_may_give_parts_in_any_order(tmp_path: Path) -> None:
 
 
 def test_a_worker_gets_a_recipe_only_if_the_model_was_loaded_from_options(tmp_path: Path) -> None:
-    recipes = []
+    recipes: list[Any] = []
 
     def spy(parts: Sequence[Part], bench: Workbench) -> object:
         recipes.append(bench.recipe)

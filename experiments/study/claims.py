@@ -175,11 +175,10 @@ class ClaimsTable:
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]]) -> ClaimsTable:
         """The table whose `records` these are."""
-        names = [field.name for field in fields(Claim) if field.type == "float"]
-        return cls(
-            Claim(**{key: math.nan if value is None and key in names else value for key, value in record.items()})
-            for record in records
-        )
+        whole: list[dict[str, Any]] = [
+            {key: math.nan if value is None else value for key, value in record.items()} for record in records
+        ]
+        return cls(Claim(**record) for record in whole)
 
     def write(self, write: Callable[[str, bytes], Path], name: str = "claims") -> list[Path]:
         """Write `name`.csv, `name`.json (NaN as null) and `name`.md.

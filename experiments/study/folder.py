@@ -246,7 +246,7 @@ class RunFolder:
         table = pa.concat_tables([self._read(path) for path in paths]).unify_dictionaries().to_pandas()
         for column in table.columns:  # categories in order, so that sorting and equality mean what they say
             if isinstance(table[column].dtype, pd.CategoricalDtype):
-                table[column] = table[column].cat.set_categories(sorted(table[column].cat.categories))
+                table[column] = table[column].cat.set_categories(sorted(table[column].cat.categories.astype(str)))
         return table.sort_values(list(sort), kind="stable", ignore_index=True) if sort else table
 
     def _read(self, path: Path) -> pa.Table:

@@ -28,7 +28,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import tyro
 
@@ -139,6 +139,14 @@ class ModelOptions(Options):
         return load_codi(**self.load_arguments(attention))
 
 
+class Bounds(TypedDict):
+    """Which problems of a task: arguments of `load_task` and `load_split`."""
+
+    min_steps: int | None
+    max_steps: int | None
+    reach: int | None
+
+
 @dataclass(frozen=True)
 class TaskOptions(Options):
     """Which prompts are asked."""
@@ -170,8 +178,8 @@ class TaskOptions(Options):
         return self.task
 
     @property
-    def bounds(self) -> dict[str, int | None]:
-        """min_steps, max_steps and reach as `load_task` and `load_split` take them."""
+    def bounds(self) -> Bounds:
+        """The bounds on steps and values; none for templates."""
         if self.task == "templates":  # one set of three steps each
             return {"min_steps": None, "max_steps": None, "reach": None}
         return {"min_steps": self.min_steps, "max_steps": self.max_steps, "reach": self.reach}
