@@ -305,7 +305,7 @@ def draw_matrix(
     if scale is None:
         scale = Scale.signed(values) if signed else Scale.magnitude(values)
     texts = numbers(values, form)
-    box, page = axis.get_position(), axis.figure.get_size_inches()  # before the layout: about right
+    box, page = axis.get_position(), axis.get_figure(root=True).get_size_inches()  # before the layout: about right
     wide, tall = box.width * page[0] / max(1, len(columns)), box.height * page[1] / max(1, len(rows))
     longest = max((len(text) for line in texts for text in line), default=0)
     fits = 0.0085 * SMALL * longest < wide and 0.0165 * SMALL < tall
