@@ -867,7 +867,7 @@ def figures(tables: dict[str, pd.DataFrame], where: pd.DataFrame, n: int, depth:
         left.plot(part["component"], 100 * part["share"].cumsum(), color=PALETTE[place], marker="o", markersize=3,
                   linewidth=1, label=name)  # fmt: skip
     left.set(xlabel="components", ylabel="variance explained (%)", title="All latents together", ylim=(0, 102))
-    left.legend(loc="lower right", ncols=2)
+    left.legend(loc="best", ncols=2)
     changed = tables["grid_changed"].set_index("condition")
     place = 0
     for space in ("kv", "embedding", "hidden"):
