@@ -27,12 +27,12 @@ from codi.branches import BranchAnswers, Branches, EditTable, Timing, decode_bra
 from codi.cache import clone_cache
 from codi.decode import decode_answers
 from codi.rollout import feed, overrides
-from experiments.statistics.clusters import Settings
 from experiments.study import answers, options
 from experiments.study.claims import ClaimsTable, effect_claim
 from experiments.study.folder import RunFolder, open_run
 from experiments.study.thoughts import Bank, Thoughts, think
 from experiments.sweep.cells import (
+    Settings,
     bootstrap_interval,
     cluster_weights,
     max_statistic_p,
@@ -94,7 +94,9 @@ class StudyOptions(options.StudyOptions):
     @property
     def settings(self) -> Settings:
         """How the statistics are computed."""
-        return self.statistics(self.seed)
+        return Settings(
+            resamples=self.resamples, permutations=self.permutations, level=self.level, seed=self.seed
+        )
 
 
 def load_model(config: StudyOptions, attention: Attention = "sdpa") -> CodiModel:
