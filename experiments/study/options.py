@@ -179,7 +179,7 @@ class QuestionOptions(Options):
         return self.task
 
     @property
-    def bounds(self) -> dict[str, int | None]:
+    def bounds(self) -> dict[str, Any]:
         """min_steps, max_steps and reach as `load_task` and `load_split` take them."""
         if self.task == "templates":  # one set of three steps each
             return {"min_steps": None, "max_steps": None, "reach": None}
