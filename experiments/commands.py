@@ -76,7 +76,7 @@ COMMANDS: dict[str, Command] = {
         "train a CODI model: teacher, then self-distillation",
     ),
     "lens": Command(
-        "experiments.lens.run:CONFIG",
+        "experiments.lens.options:OPTIONS",
         "experiments.lens.run:main",
         "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
     ),
