@@ -48,6 +48,7 @@ __all__ = [
     "Options",
     "PromptOptions",
     "PublishedPromptOptions",
+    "ResampleOptions",
     "RunOptions",
     "SplitOptions",
     "StatisticsOptions",
@@ -296,16 +297,14 @@ class AnswerOptions(Options):
 
 
 @dataclass(frozen=True)
-class StatisticsOptions(Options):
-    """How intervals and p-values are computed from the trials."""
+class ResampleOptions(Options):
+    """How intervals are computed from the trials, for studies without permutation tests."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"resamples": 100, "permutations": 100}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"resamples", "permutations", "level"})  # trials stay the same
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"resamples": 100}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"resamples", "level"})  # the trials stay the same
 
     resamples: int = 2000
     """Bootstrap resamples of clusters behind every interval."""
-    permutations: int = 5000
-    """Random sign flips behind every family-wise p-value."""
     level: float = 0.95
     """Coverage of the intervals, a fraction."""
 
@@ -318,7 +317,21 @@ class StatisticsOptions(Options):
         """The same for `experiments.statistics`."""
         from experiments.statistics.clusters import Settings
 
-        return Settings(resamples=self.resamples, permutations=self.permutations, level=self.level, seed=seed)
+        return Settings(resamples=self.resamples, level=self.level, seed=seed)
+
+
+@dataclass(frozen=True)
+class StatisticsOptions(ResampleOptions):
+    """How intervals and p-values are computed from the trials."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"permutations": 100}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"permutations"})
+
+    permutations: int = 5000
+    """Random sign flips behind every family-wise p-value."""
+
+    def statistics(self, seed: int) -> Settings:
+        return dataclasses.replace(super().statistics(seed), permutations=self.permutations)
 
 
 @dataclass(frozen=True)
