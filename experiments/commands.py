@@ -81,12 +81,12 @@ COMMANDS: dict[str, Command] = {
         "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
     ),
     "alternation": Command(
-        "experiments.alternation.run:Config",
+        "experiments.alternation.options:AlternationOptions",
         "experiments.alternation.run:main",
         "do even latents store and odd latents compute? one test, one verdict",
     ),
     "probes": Command(
-        "experiments.latents.probes:Config",
+        "experiments.latents.options:ProbesOptions",
         "experiments.latents.probes:main",
         "what a linear map reads from each latent, space and layer",
     ),

@@ -156,7 +156,6 @@ def circles(sources: Mapping[str, str]) -> list[list[str]]:
 
 #: circles inside experiments that are still to be opened; none may be added
 STILL_CIRCLES = (
-    ["experiments.alternation.claims", "experiments.alternation.run"],
     ["experiments.sweep.cells", "experiments.sweep.summary"],
 )
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
-from experiments.study.options import DrawOptions, StudyOptions
+from experiments.study.options import (
+    DrawOptions,
+    IntervalOptions,
+    ModelOptions,
+    RunOptions,
+    SplitOptions,
+    StudyOptions,
+)
 
-__all__ = ["NecessityOptions"]
+__all__ = ["PROBED_SPACES", "NecessityOptions", "ProbedSpace", "ProbesOptions"]
 
 
 @dataclass(frozen=True)
@@ -23,3 +31,34 @@ class NecessityOptions(DrawOptions, StudyOptions):
     out: Path = Path("runs/necessity")
     all_subsets: bool = True
     """Replace every one of the 2^n subsets of latents; otherwise only single latents and prefixes."""
+
+
+ProbedSpace = Literal["h", "z", "keys", "values"]
+PROBED_SPACES: tuple[ProbedSpace, ...] = get_args(ProbedSpace)
+"""Residual stream, fed embedding, and the two halves of a cache slot."""
+
+
+@dataclass(frozen=True)
+class ProbesOptions(IntervalOptions, RunOptions, SplitOptions, ModelOptions):
+    """Linear probes of latents: operation, operands, steps and answer, by space, latent and layer."""
+
+    COMMAND: ClassVar[str] = "probes"
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"folds": 3, "shuffles": 1}
+
+    out: Path = Path("runs/probes")
+    split: str = "all"
+    limit: int | None = 1344
+    batch_size: int = 128
+    spaces: tuple[ProbedSpace, ...] = PROBED_SPACES
+    """What is read: h (residual stream, all layers), z (embedding fed), keys (rotation undone), values (per block)."""
+    layers: tuple[int, ...] | None = None
+    """Layers of h (0..n_layers) and blocks of keys and values (1..n_layers); None: all."""
+    folds: int = 5
+    """Parts of the cross-validation; all prompts of a number triple are in one part."""
+    shuffles: int = 4
+    """Label shuffles behind the baseline."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.spaces:
+            raise ValueError(f"spaces must name at least one of {', '.join(PROBED_SPACES)}")
