@@ -21,31 +21,16 @@ from torch import Tensor
 
 from codi import Intervention, Prefill
 from codi.decode import decode_answers
-<<<<<<< HEAD
 from experiments.figures.heatmap import MARKS, draw_matrix, marked
 from experiments.figures.series import draw_series
 from experiments.figures.style import PALETTE, in_style, new_figure, note, save
 from experiments.statistics import effects
 from experiments.statistics.clusters import Settings
 from experiments.statistics.words import interval, markdown, p_text
-=======
-from codi.rollout import feed, overrides
-from experiments.statistics.clusters import Settings
->>>>>>> study
 from experiments.study import answers, options
 from experiments.study.claims import ClaimsTable, effect_claim
 from experiments.study.folder import RunFolder, open_run
 from experiments.study.thoughts import Bank, Thoughts, think
-<<<<<<< HEAD
-=======
-from experiments.sweep.cells import (
-    bootstrap_interval,
-    cluster_weights,
-    max_statistic_p,
-    mcnemar_p,
-    sign_flip_p,
-)
->>>>>>> study
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from lm.terms import Attention
