@@ -66,8 +66,8 @@ COMMANDS: dict[str, Command] = {
         "draw the figures of a run folder",
     ),
     "eval": Command(
-        "experiments.evaluate:Config",
-        "experiments.evaluate:main",
+        "experiments.evaluate.options:EvalOptions",
+        "experiments.evaluate.run:main",
         "accuracy by number of latents and by mode of answering, with intervals",
     ),
     "train": Command(
@@ -134,8 +134,12 @@ def available() -> dict[str, Command]:
 
 
 def command_of_module(module: str) -> str | None:
-    """The subcommand that `python -m MODULE` runs: of the module that runs it, or of the room that it is alone in."""
+    """The subcommand that `python -m MODULE` runs: that of the module, or of the room that is called like it or that it
+    is alone in."""
     for name, one in COMMANDS.items():
-        if one.module == module or (module == f"experiments.{name}" and one.module.startswith(f"{module}.")):
+        if one.module == module:
             return name
-    return None
+    inside = [name for name, one in COMMANDS.items() if one.module.startswith(f"{module}.")]
+    named = [name for name in inside if module == f"experiments.{name}"]
+    found = named or inside
+    return found[0] if len(found) == 1 else None

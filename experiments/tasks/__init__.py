@@ -111,7 +111,8 @@ def check_split(task: str, split: str) -> None:
     """
     if task in GENERATED_SPLITS:
         if split not in GENERATED_SPLITS[task]:
-            raise ValueError(f"split of task {task!r} must be one of {', '.join(GENERATED_SPLITS[task])}, got {split!r}")
+            allowed = ", ".join(GENERATED_SPLITS[task])
+            raise ValueError(f"split must be one of {allowed} for the task {task!r}, got {split!r}")
         return
     from experiments.tasks.readers import check_file_split
 
