@@ -91,7 +91,7 @@ COMMANDS: dict[str, Command] = {
         "what a linear map reads from each latent, space and layer",
     ),
     "patch": Command(
-        "experiments.latents.patch.run:Config",
+        "experiments.latents.options:PatchOptions",
         "experiments.latents.patch.run:main",
         "replace latents by means, values, other prompts' latents or noise",
     ),

@@ -42,7 +42,8 @@ from codi.forced import divergence, forced
 from codi.rope import rotate, unrotate
 from experiments.figures.series import baseline, from_zero
 from experiments.figures.style import legend
-from experiments.latents.patch.run import claimed_latents
+from experiments.latents.claims import claimed_latents
+from experiments.statistics import effects
 from experiments.study.claims import Claim, ClaimsTable, judge
 from experiments.study.shared import (
     Result,
@@ -354,7 +355,11 @@ def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], Non
             tables[f"edges_{outcome}"] = compare(hidden, contrasts, outcome, settings)
         if n >= 5:
             tables["claimed_latents"] = claimed_latents(
-                resampled, "flip", "vector unmatched", "vector matched", settings
+                resampled,
+                lambda k: ({"condition": f"vector unmatched {k}"}, {"condition": f"vector matched {k}"}),
+                n,
+                "flip",
+                settings,
             )
         to_latents = hidden[hidden["change"].notna()]
         contrasts = [
@@ -381,7 +386,7 @@ def published_claims(tables: dict[str, pd.DataFrame], n: int) -> ClaimsTable:
     else:
         each = [row_of(tables["importance_flip"], f"vector unmatched {k}") for k in range(1, n + 1)]
         note = "points per latent: " + ", ".join(interval(row, "difference") for row in each)
-        row = row_of(tables["claimed_latents"], "latents 3, 5")
+        row = effects.row_of(tables["claimed_latents"], {"claimed": True})
         verdict = judge(row["lower"], row["upper"], above=0.0)
         claims.add(effect_claim("C3 (resampled)", text, rule, verdict, row, note))
     for k in (n - 1, n):

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
-import torch
 from torch import Tensor
 
-from codi import Intervention, Prefill
-from codi.decode import decode_answers
 from experiments.figures.heatmap import MARKS, draw_matrix, marked
 from experiments.figures.series import draw_series
 from experiments.figures.style import PALETTE, in_style, new_figure, note, save
@@ -30,6 +27,7 @@ from experiments.statistics.words import interval, markdown, p_text
 from experiments.study import answers, options
 from experiments.study.claims import ClaimsTable, effect_claim
 from experiments.study.folder import RunFolder, open_run
+from experiments.study.rows import answer_rows
 from experiments.study.thoughts import Bank, Thoughts, think
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
@@ -213,40 +211,6 @@ def stderr(line: str) -> None:
 
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
-
-Edits = Callable[[Tensor], Sequence[Intervention]]
-"""Row numbers of one batch -> interventions that see exactly these rows."""
-
-
-def answer_rows(
-    model: CodiModel,
-    prefill: Prefill,
-    prompt: Sequence[int] | Tensor,
-    edits: Edits,
-    *,
-    n_latents: int | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 256,
-) -> list[str]:
-    """Greedy answers of many edited rollouts that start from computed prompts.
-
-    Args:
-        model: the model.
-        prefill: computed prompts; not changed.
-        prompt: (row,) which prompt a row continues.
-        edits: interventions for a batch of rows; rollout and answer both see them.
-        n_latents: latents; None: as many as the model was trained with.
-        max_new_tokens, batch_size: of the decoding.
-    """
-    rows = torch.as_tensor(prompt, dtype=torch.long)
-    number = model.n_latents if n_latents is None else n_latents
-    texts: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        here = torch.arange(start, min(start + batch_size, len(rows)))
-        interventions = list(edits(here))
-        run = model.rollout(prefill.select(rows[here]), number, interventions, keep=("cache",))
-        texts += decode_answers(model, run, max_new_tokens, interventions=interventions).texts
-    return texts
 
 
 def answer_table(
