@@ -187,6 +187,11 @@ class QuestionOptions(Options):
         return self.task
 
     @property
+    def chosen_task(self) -> str:
+        """The task that is loaded; a command may have a default of its own where none is named."""
+        return self.task
+
+    @property
     def bounds(self) -> Bounds:
         """The bounds on steps and values; none for templates."""
         if self.task == "templates":  # one set of three steps each
@@ -195,11 +200,12 @@ class QuestionOptions(Options):
 
     def check_inputs(self) -> None:
         super().check_inputs()
-        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", self.task)
-        if self.task not in TASK_NAMES and not hub_id and not Path(self.task).exists():
+        task = self.chosen_task
+        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", task)
+        if task not in TASK_NAMES and not hub_id and not Path(task).exists():
             from experiments.tasks.readers import TASK_HELP
 
-            raise ValueError(f"unknown task {self.task!r}: no such file or folder; {TASK_HELP}")
+            raise ValueError(f"unknown task {task!r}: no such file or folder; {TASK_HELP}")
 
 
 @dataclass(frozen=True)
