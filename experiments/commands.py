@@ -51,17 +51,17 @@ def _named(place: str) -> Any:
 # Modules that are not there are not listed.
 COMMANDS: dict[str, Command] = {
     "sweep": Command(
-        "experiments.sweep.run:SweepConfig",
+        "experiments.sweep.options:SweepOptions",
         "experiments.sweep.run:main",
         "steer every latent pair, position and coefficient, beside random controls",
     ),
     "stats": Command(
-        "experiments.sweep.recompute:StatsConfig",
+        "experiments.sweep.options:StatsOptions",
         "experiments.sweep.recompute:main",
         "recompute the statistics of a run folder from its trials",
     ),
     "plot": Command(
-        "experiments.sweep.draw:PlotConfig",
+        "experiments.sweep.options:PlotOptions",
         "experiments.sweep.draw:main",
         "draw the figures of a run folder",
     ),

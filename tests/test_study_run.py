@@ -169,6 +169,13 @@ def test_a_worker_gets_a_recipe_only_if_the_model_was_loaded_from_options(tmp_pa
     assert recipes[0] is None and recipes[1].arguments["mask"] == "published"
 
 
+def test_what_a_run_folder_has_takes_the_place_of_computing_it() -> None:
+    bench = Workbench(planted_model(), planted_split())
+    known = Workbench(planted_model(), planted_split()).once(derivation_means)
+    bench.put(known, derivation_means)
+    assert bench.once(derivation_means) is known
+
+
 def test_fill_and_read_trials_by_table(tmp_path: Path) -> None:
     folder, bench = RunFolder(tmp_path / "run"), Workbench(planted_model(), planted_split())
     with folder.open({"study": "toy"}, {}):

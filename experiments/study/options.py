@@ -170,6 +170,11 @@ class TaskOptions(Options):
         return self.task
 
     @property
+    def chosen_task(self) -> str:
+        """The task that is loaded; a command may have a default of its own where none is named."""
+        return self.task
+
+    @property
     def bounds(self) -> dict[str, int | None]:
         """min_steps, max_steps and reach as `load_task` and `load_split` take them."""
         if self.task == "templates":  # one set of three steps each
@@ -178,11 +183,12 @@ class TaskOptions(Options):
 
     def check_inputs(self) -> None:
         super().check_inputs()
-        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", self.task)
-        if self.task not in TASK_NAMES and not hub_id and not Path(self.task).exists():
+        task = self.chosen_task
+        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", task)
+        if task not in TASK_NAMES and not hub_id and not Path(task).exists():
             from experiments.tasks.readers import TASK_HELP
 
-            raise ValueError(f"unknown task {self.task!r}: no such file or folder; {TASK_HELP}")
+            raise ValueError(f"unknown task {task!r}: no such file or folder; {TASK_HELP}")
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,20 @@ class Workbench:
             make: function of a module; its name and arguments are what the result is found by.
             *arguments, **options: values that can be hashed.
         """
-        key = (make.__module__, make.__qualname__, arguments, tuple(sorted(options.items())))
+        key = _key(make, arguments, options)
         if key not in self._made:
             self._made[key] = make(self, *arguments, **options)
         return self._made[key]
+
+    def put(
+        self, value: T, make: Callable[Concatenate[Workbench, P], T], *arguments: P.args, **options: P.kwargs
+    ) -> None:
+        """Give what `once` would compute from the same function and arguments, such as means that a run folder has."""
+        self._made[_key(make, arguments, options)] = value
+
+
+def _key(make: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (make.__module__, make.__qualname__, arguments, tuple(sorted(options.items())))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ from experiments.figures.series import from_zero
 from experiments.figures.style import legend, look
 from experiments.statistics.clusters import Settings, cluster_sums, interval_of
 from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.study.edits.cells import cell_statistics
+from experiments.study.edits.grid import Grid, directions
+from experiments.study.edits.run import EditPart, run_part
 from experiments.study.shared import (
     PALETTE,
     Result,
@@ -61,9 +64,6 @@ from experiments.study.shared import (
     think,
 )
 from experiments.study.thoughts import collect_means
-from experiments.sweep.cells import cell_statistics
-from experiments.sweep.grid import GridOptions, conditions, directions
-from experiments.sweep.run import run_part
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from lm.terms import Part, Space
@@ -406,7 +406,7 @@ def grid_trials(model: CodiModel, split: Split, means: LatentMeans, config: Conf
     ]
     jobs += [("kv", "continue", (k,), k + 1) for k in range(1, n)]
     for space, timing, latents, longest in jobs:
-        options = GridOptions(
+        grid = Grid(
             spaces=(space,),
             timings=(timing,),
             pairs=pairs,
@@ -418,19 +418,10 @@ def grid_trials(model: CodiModel, split: Split, means: LatentMeans, config: Conf
             n_latents=longest,
             seed=config.seed,
         )
-        table = edit_table(directions(options, space, means), model.device)
+        table = edit_table(directions(grid, space, means), model.device)
         for start in range(0, len(split.evaluation), 16):
-            part = run_part(
-                model,
-                split.evaluation[start : start + 16],
-                table,
-                conditions(options, space, "both", timing),
-                space,
-                "both",
-                timing,
-                n_latents=longest,
-                max_new_tokens=tokens,
-            )
+            problems = split.evaluation[start : start + 16]
+            part = run_part(model, table, EditPart(grid, space, "both", timing, problems, tokens))
             frames.append(pd.DataFrame(part))
     found = pd.concat(frames, ignore_index=True)
     return found.astype({"correct": bool, "parsed": bool, "prediction": float})
