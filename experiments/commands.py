@@ -106,7 +106,7 @@ COMMANDS: dict[str, Command] = {
         "ablate the prompt, carry latents from one prompt to another",
     ),
     "pca": Command(
-        "experiments.latents.pca.run:Config",
+        "experiments.latents.options:PcaOptions",
         "experiments.latents.pca.run:main",
         "principal components of latents and cache entries; where each edit's effect goes",
     ),

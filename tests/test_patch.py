@@ -32,7 +32,10 @@ def found_by_patching(out: Path, carrier: str) -> Result:
 
 
 def test_planted_values_are_read(tmp_path: Path) -> None:
-    found = found_by_patching(tmp_path / "run", "latents").tables
+    result = found_by_patching(tmp_path / "run", "latents")
+    found = result.tables
+    assert result.claims is not None and result.claims["C3"].verdict == "not held"  # it is latents 2 and 4
+    assert Result.read(result.path).markdown() == result.text
     means = found["means"]
     for latent in range(1, 7):
         # the mean of the same key is the prompt's own content; that of another key is wrong where something is carried
@@ -77,8 +80,9 @@ def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
         else:
             assert (table["difference"] == 0).all() and (table["q"] == 1).all()
     verdicts = {claim.name: claim.verdict for claim in result.claims or ()}
-    assert verdicts["C3"] == "not held"
-    assert verdicts["C5 (same template, vector)"] == "not held"
+    # nothing moved in 24 clusters: that neither confirms the claims nor excludes effects of their size
+    assert verdicts["C3"] == "undecided"
+    assert verdicts["C5 (same template, vector)"] == "undecided"
 
 
 def test_refuses_prompts_of_another_form(tmp_path: Path) -> None:

@@ -136,7 +136,11 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     """Tables, figures, claims and words."""
     tables = tables_of(plan, trials)
     return Findings(
-        words(plan, tables), tables, lambda: figures(plan, tables), captions(plan, tables), claims_of(plan, tables)
+        words(plan, tables),
+        tables,
+        lambda: figures(plan, tables),
+        captions(plan, tables),
+        claims_of(plan, tables, trials),
     )
 
 
