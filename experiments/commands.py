@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["COMMANDS", "Command", "available", "command_of_module"]
+__all__ = ["COMMANDS", "Command", "available", "command_of_module", "study_of"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Command:
         options: "module:name" of a dataclass, or of a union of dataclasses (nested subcommands).
         run: "module:function", called with the options.
         line: what it is for, in one line.
+        study: "module:name" of what `study_of` gives, where it is not found by the rule there.
     """
 
     options: str
     run: str
     line: str
+    study: str = ""
 
     @property
     def module(self) -> str:
@@ -121,7 +124,7 @@ COMMANDS: dict[str, Command] = {
         "answer after each latent: agreement, calibration, latents saved",
     ),
     "findings": Command(
-        "experiments.page.findings:Config",
+        "experiments.page.options:FindingsOptions",
         "experiments.page.findings:main",
         "run every study on one model and collect what they found on one page",
     ),
@@ -131,6 +134,36 @@ COMMANDS: dict[str, Command] = {
 def available() -> dict[str, Command]:
     """The subcommands whose module is there, without importing it."""
     return {name: one for name, one in COMMANDS.items() if importlib.util.find_spec(one.module) is not None}
+
+
+def study_of(words: str) -> Any:
+    """What a command computes, for a process that has the model already.
+
+    Found in the module that runs the command, for a nested command (`lens detect`) in the module of the same room that
+    is called like it: the `Study` that is called STUDY there (run it with `experiments.study.run.run_study`), or the
+    function `run(options, model=…, say=…)`, which gives a `Result`.
+
+    Args:
+        words: after `codi`, without options.
+
+    Raises:
+        LookupError: the command offers neither.
+    """
+    name, *nested = words.split()
+    command = COMMANDS[name]
+    if command.study:
+        return _named(command.study)
+    place = ".".join([command.module.rpartition(".")[0], nested[0]]) if nested else command.module
+    module = importlib.import_module(place)
+    if hasattr(module, "STUDY"):
+        return module.STUDY
+    function = getattr(module, "run", None)
+    if function is not None:
+        taken = inspect.signature(function).parameters
+        needed = {one for one in taken if taken[one].default is inspect.Parameter.empty}
+        if {"options", "model", "say"} <= taken.keys() and needed <= {"options", "model", "say"}:
+            return function
+    raise LookupError(f"codi {words}: {place} has no STUDY and no run(options, model=…, say=…)")
 
 
 def command_of_module(module: str) -> str | None:

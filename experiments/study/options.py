@@ -141,6 +141,11 @@ class ModelOptions(Options):
 
         return load_codi(**self.load_arguments(attention))
 
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        if "/" not in self.model and not Path(self.model).expanduser().exists():  # a hub id is owner/name
+            raise ValueError(f"no checkpoint {self.model!r}: no such folder, and a hub id has the form owner/name")
+
     def known_latents(self) -> int | None:
         """Latents of the model, read from its folder without loading it; None: the folder does not say."""
         file = Path(self.model).expanduser() / "codi.json"
