@@ -17,20 +17,21 @@ import pytest
 
 from experiments.alternation.claims import published_claims
 from experiments.alternation.figures import draw, draw_states
-from experiments.alternation.observe import Observations, Readings, Reference
-from experiments.alternation.run import (
-    MEASURES,
-    Config,
-    Measure,
-    Profile,
-    Settings,
-    analyse,
-    contrast_weights,
-    labellings,
-    main,
-    profiles_of,
-    summary,
+from experiments.alternation.hypothesis import MEASURES, Measure
+from experiments.alternation.measures import (
+    Observations,
+    Readings,
+    Reference,
+    components,
+    end_cosines,
+    principal_plane,
+    readability,
 )
+from experiments.alternation.options import AlternationOptions
+from experiments.alternation.profiles import profiles_of
+from experiments.alternation.run import main
+from experiments.alternation.verdict import Profile, analyse, contrast_weights, labellings, summary
+from experiments.statistics.clusters import Settings
 from experiments.tasks import load_task
 
 QUICK = Settings(resamples=200, permutations=300)
@@ -202,12 +203,13 @@ def test_impossible_tests_are_refused() -> None:
 VOCABULARY = 400
 
 
-def planted_model(alternates: bool, seed: int = 0) -> Observations:
+def planted_model(alternates: bool, seed: int = 0, along: bool = True) -> Observations:
     """Observations of a model whose latents do (or do not) alternate, from planted states.
 
     Alternating: even latents hold the code of the step values (readable by head and probe, sharp), odd ones do not;
     answers improve at odd latents; ablating an even latent loses the answer; attention goes to even latents. The other
-    model holds the same codes with a strength that grows smoothly with k, and has the same noise.
+    model holds the same codes with a strength that grows smoothly with k, and has the same noise. `along`: the
+    embedding of the end of thought lies along what sets even latents apart.
     """
     rng = np.random.default_rng(seed)
     problems = load_task("templates", "test", 300, seed)
@@ -242,11 +244,14 @@ def planted_model(alternates: bool, seed: int = 0) -> Observations:
         attention[:, :6, 0] += 0.1 * EVEN
     else:
         attention[:, :, 2:] += 0.02 * LATENTS
-    reference = states(others)
+    reference, clusters = states(others)[:, 1:], np.array([p.cluster for p in others])
+    plane = principal_plane(reference)
+    cosines = end_cosines(reference, clusters, np.eye(48)[0 if along else 5])
     return Observations(
-        problems=tuple(problems), states=seen, readings=readings, forms={v: (i,) for v, i in place.items()},
-        reference=Reference(np.array([p.cluster for p in others]), reference[:, 1:], np.zeros((6, 48))),
-        correct_after=after, correct_ablated=ablated, attention=attention,
+        problems=tuple(problems), readings=readings, forms={v: (i,) for v, i in place.items()},
+        places=components(seen[:, 1:], plane),
+        reference=Reference(clusters, components(reference, plane), cosines=cosines),
+        readable=readability(seen[:, 1:], problems), correct_after=after, correct_ablated=ablated, attention=attention,
     )  # fmt: skip
 
 
@@ -279,14 +284,14 @@ def test_a_simulated_model_without_alternation_is_not(alternating: Observations)
 
 def test_claims_of_the_simulated_model(alternating: Observations) -> None:
     result = analyse(profiles_of(alternating), QUICK)
-    claims = published_claims(alternating, result, therefore=(), end_embedding=np.eye(48)[0])
+    claims = published_claims(alternating, result, therefore=(), d_model=48)
     verdicts = {claim.name: claim.verdict for claim in claims}
     assert verdicts["S7 latents"] == "held" and verdicts["S7 direction"] == "held"  # planted along the first axis
     assert verdicts["C1 peak"] == "not held"  # accuracy grows to the end
     assert verdicts["C2 step1"] == "not held"  # readable at 2, 4 and 6 alike: no lead
     assert verdicts["C2 final"] == "held"
     assert verdicts["S3 odd"] == verdicts["S2"] == verdicts["S7 keys"] == "not testable"
-    across = published_claims(alternating, result, end_embedding=np.eye(48)[5])
+    across = published_claims(planted_model(True, along=False), result, d_model=48)
     assert across["S7 direction"].verdict == "not held"
 
 
@@ -313,18 +318,26 @@ def test_command_writes_tables_figures_and_claims(
 ) -> None:
     folder = tiny_checkpoint()
     out = tmp_path / "run"
-    config = Config(
+    options = AlternationOptions(
         model=str(folder / "checkpoint"), base=str(folder / "base"), protocol="answer-only", limit=40, derivation=20,
         resamples=100, permutations=100, max_new_tokens=2, device="cpu", out=out,
     )  # fmt: skip
-    main(config)
+    main(options)
     tests = pd.read_csv(out / "tests.csv")
     assert tests["measure"].tolist() == [*[measure.name for measure in MEASURES], "overall"]
     assert set(tests["verdict"]) <= {"supported", "contradicted", "undecided", "not testable"}
     levels = pd.read_csv(out / "latents.csv")
     assert (levels["lower"] <= levels["upper"]).all() and set(levels["latent"]) == set(range(1, 7))
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["options"]["limit"] == 40 and len(manifest["measures"]) >= len(MEASURES) and manifest["rules"]
-    for name in ("alternation.png", "alternation.pdf", "states.png", "claims.csv", "summary.md"):
+    rules = json.loads((out / "rules.json").read_text(encoding="utf-8"))
+    assert manifest["identity"]["options"]["limit"] == 40
+    assert len(rules["measures"]) >= len(MEASURES) and rules["rules"]
+    for name in (
+        "figures/alternation.png",
+        "figures/alternation.pdf",
+        "figures/states.png",
+        "claims.csv",
+        "summary.md",
+    ):
         assert (out / name).stat().st_size > 0
     assert "Compute/store alternation:" in capsys.readouterr().out

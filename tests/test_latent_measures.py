@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from codi import CodiModel
-from experiments.alternation.observe import (
+from experiments.alternation.measures import (
     DEPTH,
+    DIRECTION_RESAMPLES,
     Observations,
     Readings,
     Reference,
     chance_corrected,
     components,
     detection,
-    number_tokens,
-    observe,
     principal_plane,
-    read,
     readability,
 )
+from experiments.alternation.observe import number_tokens, read
+from experiments.alternation.options import AlternationOptions
+from experiments.alternation.run import make_plan, parts
+from experiments.study.folder import RunFolder
+from experiments.study.parts import Workbench
+from experiments.study.run import fill, read_trials
 from experiments.tasks import Problem, is_correct, load_task
+from experiments.tasks.split import Split
 from steering.replacements import MeanAblation
 
 
@@ -54,8 +61,8 @@ def made(problems: list[Problem], tokens: list[list[int]]) -> Observations:
     forms = {value: (int(value),) for problem in problems for value in problem.intermediates}
     array = np.array(tokens)[:, None, None]
     readings = Readings(array, np.zeros(array.shape[:3]))
-    reference = Reference(np.array(["x"]), np.zeros((1, 1, 2)), np.zeros((1, 2)))
-    return Observations(tuple(problems), np.zeros((len(problems), 1, 2)), readings, forms, reference)
+    reference = Reference(np.array(["x"]), np.zeros((1, 0, 2)))
+    return Observations(tuple(problems), readings, forms, np.zeros((len(problems), 0, 2)), reference)
 
 
 def test_values_of_the_question_and_ambiguous_values_are_left_out() -> None:
@@ -110,18 +117,36 @@ def test_readability_finds_the_latent_that_holds_the_step() -> None:
     assert gains["step1"][:, 1].mean() > 0.5 and abs(gains["step1"][:, 0].mean()) < 0.15
 
 
+def observe(
+    model: CodiModel, others: list[Problem], problems: list[Problem], folder: Path, **options: Any
+) -> Observations:
+    """All parts of the study, written to a run folder and read from it."""
+    split = Split(tuple(others), tuple(problems))
+    plan = make_plan(AlternationOptions(**options), model, split)
+    run = RunFolder(folder)
+    with run.open({"study": "alternation"}, {}):
+        fill(run, parts(plan), Workbench(model, split))
+    return Observations.of(read_trials(run, parts(plan)))
+
+
 @pytest.fixture(scope="module")
-def observed(tiny_model: Callable[..., CodiModel]) -> tuple[CodiModel, list[Problem], Observations]:
+def observed(
+    tiny_model: Callable[..., CodiModel], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CodiModel, list[Problem], Observations]:
     model = tiny_model(attention="eager")
     problems = load_task("templates", "test", 5, 0)
     others = load_task("templates", "derivation", 4, 0)
-    return model, problems, observe(model, others, problems, max_new_tokens=2, batch_size=3)
+    folder = tmp_path_factory.mktemp("observed")
+    return model, problems, observe(model, others, problems, folder, max_new_tokens=2, batch_size=3)
 
 
 def test_observations_agree_with_the_model(observed: tuple[CodiModel, list[Problem], Observations]) -> None:
     model, problems, found = observed
     n = model.n_latents
-    assert found.states.shape == (5, n + 1, model.d_model) and found.readings.tokens.shape == (5, n + 1, 1, DEPTH)
+    assert found.places.shape == (5, n, 2) and found.readings.tokens.shape == (5, n + 1, 1, DEPTH)
+    assert [(p.prompt_id, p.answer, p.numbers, p.intermediates) for p in found.problems] == [
+        (p.prompt_id, p.answer, p.numbers, p.intermediates) for p in problems
+    ]
     for count in (0, 3, n):
         texts = model.answer([p.question for p in problems], n_latents=count, max_new_tokens=2)
         assert found.correct_after is not None
@@ -131,7 +156,13 @@ def test_observations_agree_with_the_model(observed: tuple[CodiModel, list[Probl
     run = model.rollout(batch, n)
     top = model.logits(run.states).argmax(-1)
     np.testing.assert_array_equal(found.readings.tokens[:, :, 0, 0], top.numpy())
-    assert found.reference.keys is not None and found.reference.states.shape == (4, n, model.d_model)
+    assert found.reference.keys is not None and found.reference.places.shape == (4, n, 2)
+    others = load_task("templates", "derivation", 4, 0)
+    before = model.rollout(model.encode([p.question for p in others]), n).states[:, 1:].numpy()
+    plane = principal_plane(before)
+    np.testing.assert_allclose(found.reference.places, components(before, plane), atol=1e-3)
+    np.testing.assert_allclose(found.places, components(run.states[:, 1:].numpy(), plane), atol=1e-3)
+    assert found.reference.cosines is not None and len(found.reference.cosines) == 1 + DIRECTION_RESAMPLES
 
 
 def test_attention_sums_to_one_and_agrees_with_the_weights(
@@ -173,12 +204,14 @@ def test_ablating_by_its_own_embedding_changes_nothing_and_by_another_does(codi_
         assert (other.states[:, latent:] - run.states[:, latent:]).abs().amax(-1).min() > 1e-3
 
 
-def test_a_second_lens_is_read_below_the_last_layer(observed: tuple[CodiModel, list[Problem], Observations]) -> None:
+def test_a_second_lens_is_read_below_the_last_layer(
+    observed: tuple[CodiModel, list[Problem], Observations], tmp_path: Path
+) -> None:
     from lenses.latent_lens import LatentLens
 
     model, problems, _ = observed
     lens = LatentLens.plain(model)
-    found = observe(model, problems, problems, lens=lens, max_new_tokens=1)
+    found = observe(model, problems, problems, tmp_path, lens=tmp_path, lens_name="plain", max_new_tokens=1)
     assert found.tuned is not None and found.tuned.tokens.shape == (5, 7, model.n_layers, DEPTH)
     run = model.rollout(model.encode([problem.question for problem in problems]))
     assert run.hidden_states is not None
@@ -188,9 +221,9 @@ def test_a_second_lens_is_read_below_the_last_layer(observed: tuple[CodiModel, l
     assert hit.shape == chance.shape == (5, 7)
 
 
-def test_observing_needs_attention_weights_and_prompts(codi_model: CodiModel) -> None:
+def test_observing_needs_attention_weights_and_prompts(codi_model: CodiModel, tmp_path: Path) -> None:
     problems = load_task("templates", "test", 2, 0)
     with pytest.raises(ValueError, match="attention='eager'"):
-        observe(codi_model, problems, problems)
+        observe(codi_model, problems, problems, tmp_path)
     with pytest.raises(ValueError, match="prompts of both kinds"):
-        observe(codi_model, [], problems)
+        observe(codi_model, [], problems, tmp_path)

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from codi import CodiModel
-from experiments.latents.probes import Config, collect, main
+from experiments.latents.options import ProbesOptions
+from experiments.latents.probes import collect, main
 from experiments.latents.probes_figures import draw
 from experiments.statistics.probes import CONTRAST, Design
 from experiments.study.targets import targets_of
@@ -55,15 +56,15 @@ def test_command_writes_table_and_figure(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_checkpoint()
-    config = Config(
+    options = ProbesOptions(
         model=str(folder / "checkpoint"), base=str(folder / "base"), protocol="answer-only", limit=60, folds=3,
         shuffles=1, resamples=100, spaces=("h", "z"), layers=(0, 3), device="cpu", out=tmp_path / "probes",
     )  # fmt: skip
-    main(config)
+    main(options)
     table = pd.read_csv(tmp_path / "probes" / "probes.csv")
     assert len(table) == (7 * 2 + 6) * 8 and set(table["target"]) >= {"operation", "answer", CONTRAST}
-    assert all((tmp_path / "probes" / name).stat().st_size > 0 for name in ("probes.png", "probes.pdf"))
-    assert json.loads((tmp_path / "probes" / "manifest.json").read_text())["options"]["limit"] == 60
+    assert all((tmp_path / "probes" / name).stat().st_size > 0 for name in ("figures/probes.png", "figures/probes.pdf"))
+    assert json.loads((tmp_path / "probes" / "manifest.json").read_text())["identity"]["options"]["limit"] == 60
     assert "60 prompts" in capsys.readouterr().out
 
 

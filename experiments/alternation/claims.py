@@ -17,23 +17,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.alternation.observe import Observations, components, detection, principal_plane, steps_of
-from experiments.alternation.run import Measure, Profile, Result, analyse, contrast_weights
+from experiments.alternation.hypothesis import Measure
+from experiments.alternation.measures import DIRECTION_RESAMPLES, Observations, detection, steps_of
+from experiments.alternation.verdict import Profile, Result, analyse, contrast_weights
 from experiments.statistics.clusters import (
     Estimate,
     Settings,
     cluster_codes,
     cluster_sums,
-    cluster_weights,
     expanded_percentile,
     interval_of,
 )
 from experiments.study.claims import Claim, ClaimsTable, Verdict, judge
 
 __all__ = ["published_claims"]
-
-DIRECTION_RESAMPLES = 40
-"""Resamples behind the interval of a principal direction, each of which costs a decomposition."""
 
 
 class _Interval:
@@ -112,8 +109,7 @@ def published_claims(
     result: Result,
     *,
     therefore: Sequence[int] = (),
-    end_embedding: np.ndarray | None = None,
-    seed: int = 0,
+    d_model: int = 0,
 ) -> ClaimsTable:
     """C1, C2, S1, S2, S3 and S7 of the published claims, by the observations at hand.
 
@@ -121,8 +117,7 @@ def published_claims(
         observations: of the model.
         result: of `analyse` on the same observations.
         therefore: token ids of the word family "therefore"; none: S3 is not testable.
-        end_embedding: (d_model,) embedding of the end-of-thought token; None: that part of S7 is not testable.
-        seed: of the principal components.
+        d_model: width of the states, for what a random direction would give.
     """
     settings, n = result.settings, observations.n_latents
     interval = _Interval(observations.clusters, settings)
@@ -147,7 +142,7 @@ def published_claims(
     statement = "a lens trained on latents fails on text tokens"
     table.add(_untestable("S2", statement, "needs trained lenses: codi lens transfer"))
     _therefore_claims(table, observations, interval, therefore)
-    _component_claims(table, observations, result, end_embedding, seed)
+    _component_claims(table, observations, result, d_model)
     return table
 
 
@@ -221,29 +216,17 @@ def _therefore_claims(
         ))  # fmt: skip
 
 
-def _component_claims(
-    table: ClaimsTable, observations: Observations, result: Result, end_embedding: np.ndarray | None, seed: int
-) -> None:
+def _component_claims(table: ClaimsTable, observations: Observations, result: Result, d_model: int) -> None:
     reference, settings = observations.reference, result.settings
     statement = "the first component of latents is parallel to the end-of-thought direction"
-    if end_embedding is None:
-        table.add(_untestable("S7 direction", statement, "no embedding was given"))
+    if reference.cosines is None:
+        table.add(_untestable("S7 direction", statement, "not observed"))
     else:
-        codes, names = cluster_codes(reference.clusters)
-
-        def cosine(rows: np.ndarray) -> float:
-            first = principal_plane(reference.states[rows], seed)[1][0]
-            return float(abs(first @ end_embedding) / (np.linalg.norm(end_embedding) or 1.0))
-
-        members = [np.flatnonzero(codes == cluster) for cluster in range(len(names))]
-        drawn = [
-            np.concatenate([members[cluster] for cluster in np.repeat(np.arange(len(names)), weight.astype(int))])
-            for weight in cluster_weights(len(names), DIRECTION_RESAMPLES, seed)
-        ]
-        again = np.array([cosine(rows) for rows in drawn])
-        lower, upper = expanded_percentile(again[:, None], len(names), settings.level, bounds=(0.0, 1.0))
-        value = Estimate(cosine(np.arange(len(codes))), float(lower[0]), float(upper[0]), len(codes), len(names))
-        chance = 1.96 / np.sqrt(len(end_embedding))
+        n_clusters = len(np.unique(reference.clusters))
+        plain, again = reference.cosines[0], reference.cosines[1:]
+        lower, upper = expanded_percentile(again[:, None], n_clusters, settings.level, bounds=(0.0, 1.0))
+        value = Estimate(float(plain), float(lower[0]), float(upper[0]), len(reference.clusters), n_clusters)
+        chance = 1.96 / np.sqrt(d_model)
         table.add(_claim(
             "S7 direction", statement,
             "|cosine| of the first component of h_1..h_n and the end-of-thought embedding; above 0.7", value, above=0.7,
@@ -261,16 +244,15 @@ def _component_claims(
             note=f"{row['verdict']}: {row['reason']}",
         ))  # fmt: skip
     slots = {"keys": reference.keys, "values": reference.values}
-    plain = Measure("slots", "", "SD in the plane", 1, 0.5, False, "")
+    measure = Measure("slots", "", "SD in the plane", 1, 0.5, False, "")
     for name, latents in slots.items():
         statement = f"the first two components of cached {name} show no even/odd pattern"
         if latents is None:
             table.add(_untestable(f"S7 {name}", statement, "cache entries were not kept"))
             continue
-        coordinates = components(latents, principal_plane(latents, seed))
-        apart = np.einsum("k,pkc->c", contrast_weights(observations.n_latents), coordinates)
+        apart = np.einsum("k,pkc->c", contrast_weights(observations.n_latents), latents)
         direction = apart / (np.linalg.norm(apart) or 1.0)
-        found = analyse([Profile(plain, coordinates, direction, reference.clusters)], settings).tests.iloc[0]
+        found = analyse([Profile(measure, latents, direction, reference.clusters)], settings).tests.iloc[0]
         split = f"split {', '.join(found['best_split'])} explains most; even/odd is number {found['split_rank']}"
         table.add(Claim(
             f"S7 {name}", statement, "contrast in the plane (SD); held unless even/odd is specific and 0.5 SD or more",

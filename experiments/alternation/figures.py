@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from experiments.alternation.observe import Observations, components, principal_plane
-from experiments.alternation.run import MEASURES, POOLED, TUNED_MEASURES, Measure, Result, p_words
+from experiments.alternation.hypothesis import MEASURES, POOLED, TUNED_MEASURES, Measure
+from experiments.alternation.measures import Observations
+from experiments.alternation.verdict import Result, p_words
 from experiments.figures.heatmap import Scale, colour_bar, matrix, numbers
 from experiments.figures.series import draw_points, spread
 from experiments.figures.style import FAINT, SERIES, SMALL, legend, new_figure, note, sample_text, styled
@@ -80,7 +81,7 @@ def _panel(ax: Axes, measure: Measure, levels: pd.DataFrame, test: pd.Series) ->
     ax.plot(latents, start + slope * latents, color=FAINT, linewidth=0.8, linestyle=":", zorder=1, label="linear trend")
     for parity, look, label in ((0, EVEN, "even latents"), (1, ODD, "odd latents")):
         mine = levels[levels["latent"] % 2 == parity]
-        draw_points(ax, mine["latent"], mine["mean"], label, parity, up=spread(mine), **look)
+        draw_points(ax, mine["latent"].tolist(), mine["mean"].tolist(), label, parity, up=spread(mine), **look)
     ax.set_xticks(latents)
     ax.margins(x=0.08, y=0.12)
 
@@ -88,8 +89,7 @@ def _panel(ax: Axes, measure: Measure, levels: pd.DataFrame, test: pd.Series) ->
 @styled
 def draw_states(observations: Observations, seed: int = 0, shown: int = 60) -> Figure:
     """Latents in the plane of the first two components, and attention among latents, as one figure."""
-    plane = principal_plane(observations.reference.states, seed)
-    points = components(observations.states[:, 1:], plane)
+    points = observations.places
     n = observations.n_latents
     figure, axes = new_figure(1, 2, total=3.2, width_ratios=(1, 1.15))
     left, right = axes[0]

@@ -14,7 +14,6 @@ know: what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from experiments.figures.style import BAND, BASELINE, CONTROL, look, number_text
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 __all__ = ["DASHES", "band", "baseline", "draw_bars", "draw_points", "draw_series", "from_zero", "in_points", "spread"]
 
@@ -40,7 +40,7 @@ def spread(table: pd.DataFrame, name: str = "mean", scale: float = 1.0) -> np.nd
 
 def draw_series(
     axis: Axes,
-    x: Sequence[float],
+    x: ArrayLike,
     table: pd.DataFrame,
     label: str,
     place: int,
@@ -79,8 +79,8 @@ def draw_series(
 
 def draw_points(
     axis: Axes,
-    x: Sequence[float],
-    y: Sequence[float],
+    x: ArrayLike,
+    y: ArrayLike,
     label: str,
     place: int,
     *,
@@ -105,12 +105,12 @@ def draw_points(
         options: of matplotlib's errorbar.
     """
     style = {**_LINE, "markersize": 4, **look(place, control), "linestyle": "-" if joined else "none", **options}
-    axis.errorbar(x, y, xerr=across, yerr=up, label=label, **style)
+    axis.errorbar(np.asarray(x, float), np.asarray(y, float), xerr=across, yerr=up, label=label, **style)
 
 
 def draw_bars(
     axis: Axes,
-    x: Sequence[float],
+    x: ArrayLike,
     table: pd.DataFrame,
     label: str,
     place: int,
@@ -131,17 +131,27 @@ def draw_bars(
 
 def band(
     axis: Axes,
-    x: Sequence[float],
-    lower: Sequence[float],
-    upper: Sequence[float],
+    x: ArrayLike,
+    lower: ArrayLike,
+    upper: ArrayLike,
     label: str | None = None,
-    mean: Sequence[float] | None = None,
+    mean: ArrayLike | None = None,
     mean_label: str | None = None,
 ) -> None:
     """Where single random draws lie, behind everything else; their mean as a dashed line."""
-    axis.fill_between(np.asarray(x, float), lower, upper, color=BAND, lw=0, zorder=1, label=label)
+    axis.fill_between(
+        np.asarray(x, float),
+        np.asarray(lower, float),
+        np.asarray(upper, float),
+        color=BAND,
+        lw=0,
+        zorder=1,
+        label=label,
+    )
     if mean is not None:
-        axis.plot(x, mean, color=CONTROL, lw=0.9, ls=DASHES, zorder=2, label=mean_label)
+        axis.plot(
+            np.asarray(x, float), np.asarray(mean, float), color=CONTROL, lw=0.9, ls=DASHES, zorder=2, label=mean_label
+        )
 
 
 def baseline(axis: Axes, level: float = 0.0, label: str | None = None, **options: Any) -> None:

@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
-from experiments.study.options import DrawOptions, StudyOptions
+from experiments.study.options import (
+    DrawOptions,
+    IntervalOptions,
+    ModelOptions,
+    RunOptions,
+    SplitOptions,
+    StudyOptions,
+)
+from experiments.tasks import TASK_NAMES
 
-__all__ = ["AnchorsOptions", "EarlyExitOptions", "NecessityOptions", "TransferOptions"]
+__all__ = [
+    "PROBED_SPACES",
+    "AnchorsOptions",
+    "EarlyExitOptions",
+    "NecessityOptions",
+    "PatchOptions",
+    "PcaOptions",
+    "ProbedSpace",
+    "ProbesOptions",
+    "TransferOptions",
+]
 
 
 @dataclass(frozen=True)
@@ -83,3 +101,95 @@ class EarlyExitOptions(DrawOptions, StudyOptions):
         super().__post_init__()
         if not 0 <= self.allowed_loss < 1:
             raise ValueError(f"allowed-loss must be in 0..1, got {self.allowed_loss}")
+
+
+ProbedSpace = Literal["h", "z", "keys", "values"]
+PROBED_SPACES: tuple[ProbedSpace, ...] = get_args(ProbedSpace)
+"""Residual stream, fed embedding, and the two halves of a cache slot."""
+
+
+@dataclass(frozen=True)
+class ProbesOptions(IntervalOptions, RunOptions, SplitOptions, ModelOptions):
+    """Linear probes of latents: operation, operands, steps and answer, by space, latent and layer."""
+
+    COMMAND: ClassVar[str] = "probes"
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"folds": 3, "shuffles": 1}
+
+    out: Path = Path("runs/probes")
+    split: str = "all"
+    limit: int | None = 1344
+    batch_size: int = 128
+    spaces: tuple[ProbedSpace, ...] = PROBED_SPACES
+    """What is read: h (residual stream, all layers), z (embedding fed), keys (rotation undone), values (per block)."""
+    layers: tuple[int, ...] | None = None
+    """Layers of h (0..n_layers) and blocks of keys and values (1..n_layers); None: all."""
+    folds: int = 5
+    """Parts of the cross-validation; all prompts of a number triple are in one part."""
+    shuffles: int = 4
+    """Label shuffles behind the baseline."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.spaces:
+            raise ValueError(f"spaces must name at least one of {', '.join(PROBED_SPACES)}")
+
+
+# --- Patching and components ------------------------------------------------------------------------------------------
+
+PATCH_FAMILIES = ("means", "values", "interchange")
+
+
+@dataclass(frozen=True)
+class PatchOptions(DrawOptions, StudyOptions):
+    """Replace latents by means, values, other prompts' latents or noise.
+
+    With --legacy: the published prompts (50 number triples), means over the evaluation prompts themselves (so a prompt
+    is part of its own mean) and step-2 patching at latent 5 only.
+    """
+
+    COMMAND: ClassVar[str] = "patch"
+
+    out: Path = Path("runs/patch")
+    families: tuple[str, ...] = PATCH_FAMILIES
+    """Which edits: means, values, interchange."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.families) - set(PATCH_FAMILIES))
+        if unknown or not self.families:
+            raise ValueError(f"families must be among {', '.join(PATCH_FAMILIES)}, got {' '.join(unknown) or 'none'}")
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        if self.task in TASK_NAMES and self.task != "templates" and not self.legacy:
+            raise ValueError(
+                f"patching needs prompts of the form (X±Y)·Z + (X±Y), as in the task 'templates' or prompts.json, "
+                f"got the task {self.task!r}"
+            )
+
+
+@dataclass(frozen=True)
+class PcaOptions(DrawOptions, StudyOptions):
+    """Principal components of latents and cache entries; where each edit's effect goes.
+
+    With --legacy: the published prompts (50 number triples), and means over these prompts themselves.
+    """
+
+    COMMAND: ClassVar[str] = "pca"
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"top": 1, "steered": 1, "where_pairs": 1, "where_prompts": 1}
+
+    out: Path = Path("runs/pca")
+    task: str = "arithmetic"
+    min_steps: int | None = 3
+    max_steps: int | None = 5
+    limit: int | None = 48
+    derivation: int = 280
+    draws: int = 20
+    top: int = 10
+    """Components in the tables."""
+    steered: int = 3
+    """Components that are steered along."""
+    where_pairs: int = 3
+    """Pairs A−B (a seeded choice) whose effect is followed through the model."""
+    where_prompts: int = 32
+    """Evaluation prompts on which it is followed."""

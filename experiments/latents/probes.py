@@ -7,80 +7,164 @@ is said in experiments/statistics/probes.py. (A published probe took its labels 
 lens it was meant to confirm and let prompts with the same numbers into both parts; here nothing but the problem gives a
 label.)
 
-Knows nothing about lenses, answers or interventions. Runs as `codi probes` or `python -m experiments.latents.probes`.
+Trials: `scores` (a row per space, latent, layer, target and prompt), `design` (labels and folds, a row per target and
+prompt). Knows nothing about lenses, answers or interventions. Runs as `codi probes` or
+`python -m experiments.latents.probes`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from experiments.statistics.probes import CONTRAST, Design, probe, probe_table
+from experiments.latents.options import PROBED_SPACES, ProbedSpace, ProbesOptions
+from experiments.latents.probes_figures import draw
+from experiments.statistics.clusters import Settings
+from experiments.statistics.probes import CONTRAST, Design, ProbeScores, Target, probe, probe_table
+from experiments.study.folder import TEXT
+from experiments.study.parts import Part, Workbench
+from experiments.study.result import Result, Section
+from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.study.targets import targets_of
-from experiments.tasks import Problem, load_task, with_suffix
+from experiments.tasks import Problem
+from experiments.tasks.split import Split
+from steering.means import content_keys
 
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["SPACES", "Config", "collect", "main", "summary"]
+__all__ = ["STUDY", "Plan", "collect", "main", "run", "summary"]
 
-Space = Literal["h", "z", "keys", "values"]
-SPACES: tuple[Space, ...] = ("h", "z", "keys", "values")
+SCORES = pa.schema({
+    "space": TEXT, "latent": pa.int16(), "layer": pa.int16(), "target": TEXT, "prompt_id": TEXT,
+    "correct": pa.float64(), "shuffled": pa.float64(), "r2": pa.float64(),
+})  # fmt: skip
+"""correct: 0 or 1 (NaN: a target with too many classes), shuffled: mean over the shuffles; r2: of the whole place."""
+DESIGN = pa.schema({
+    "target": TEXT, "prompt_id": TEXT, "cluster": TEXT, "fold": pa.int16(), "label": pa.int32()
+})  # fmt: skip
+
+
+# --- Plan and parts ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config:
-    """Linear probes of latents: operation, operands, steps and answer, by space, latent and layer."""
+class Plan:
+    """The study with everything resolved; places are (space, latent)."""
 
-    model: str = "checkpoints/tiny"
-    """Checkpoint: a folder or a hub id."""
-    task: str = "templates"
-    """Problems whose steps are known: templates, arithmetic, a file, a folder or a hub id."""
-    split: str = "all"
-    """Split of the task; all: every number triple of templates (the probes make their own held-out parts)."""
-    limit: int | None = 1344
-    """Number of problems, a seeded choice; None: all."""
-    min_steps: int | None = None
-    """Only problems of at least this many steps (not for templates); None: no bound."""
-    max_steps: int | None = None
-    """Only problems of at most this many steps (not for templates); None: no bound."""
-    suffix: bool = True
-    """Append the sentence that ended the checkpoint's training questions, if any."""
-    spaces: tuple[Space, ...] = SPACES
-    """What is read: h (residual stream, all layers), z (embedding fed), keys (rotation undone), values (per block)."""
-    layers: tuple[int, ...] | None = None
-    """Layers of h (0..n_layers) and blocks of keys and values (1..n_layers); None: all."""
-    folds: int = 5
-    """Parts of the cross-validation; all prompts of a number triple are in one part."""
-    shuffles: int = 4
-    """Label shuffles behind the baseline."""
-    resamples: int = 2000
-    """Bootstrap resamples of triples behind every interval."""
-    batch_size: int = 128
-    """Problems computed at once."""
-    seed: int = 0
-    """Of problems, folds, shuffles and bootstrap."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs (the probes run on the CPU); auto: CUDA if there is any."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the weights."""
-    base: str | None = None
-    """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
-    protocol: Literal["original", "original-eos", "answer-only"] | None = None
-    """Token order; None: what the checkpoint says or looks like."""
-    lora_alpha: float | None = None
-    """LoRA scale times rank; None: what the checkpoint says, or the published setting."""
-    mask: Literal["carried", "published"] = "carried"
-    """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
-    out: Path = Path("runs/probes")
-    """Folder for probes.csv, probes.json, manifest.json and the figure (PNG and PDF)."""
+    places: tuple[tuple[ProbedSpace, int], ...]
+    layers: tuple[int, ...]
+    folds: int
+    shuffles: int
+    seed: int
+    batch_size: int
+    settings: Settings
+    asked: str
+
+
+def make_plan(options: ProbesOptions, model: CodiModel, prompts: Split) -> Plan:
+    """The plan that the options ask for.
+
+    Raises:
+        ValueError: a layer that the model does not have, or more folds than clusters.
+    """
+    _design(prompts.evaluation, options.folds, options.shuffles, options.seed)
+    spaces = tuple(dict.fromkeys(options.spaces))
+    return Plan(
+        places=tuple((s, k) for s in spaces for k in range(0 if s == "h" else 1, model.n_latents + 1)),
+        layers=_wanted(model, options.layers),
+        folds=options.folds,
+        shuffles=options.shuffles,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        settings=options.statistics(options.seed),
+        asked=f"{options.task}, split {options.split}",
+    )
+
+
+def _wanted(model: CodiModel, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to read, all or those given, ascending."""
+    wanted = tuple(range(model.n_layers + 1)) if layers is None else tuple(sorted(set(layers)))
+    wrong = [layer for layer in wanted if not 0 <= layer <= model.n_layers]
+    if wrong:
+        raise ValueError(f"layers must be in 0..{model.n_layers}, got {wrong[0]}")
+    return wanted
+
+
+def _design(problems: Sequence[Problem], folds: int, shuffles: int, seed: int) -> Design:
+    clusters = [problem.cluster or problem.prompt_id for problem in problems]
+    return Design.of(targets_of(problems), clusters, folds, shuffles, seed)
+
+
+def parts(plan: Plan) -> list[Part]:
+    """The design, and a part of the scores per space and latent."""
+    chosen = {"folds": plan.folds, "shuffles": plan.shuffles}
+    rolled = {"layers": plan.layers, "batch_size": plan.batch_size}
+    return [
+        Part("design", design, chosen, plan.seed, DESIGN),
+        *(
+            Part(
+                f"{space}-{latent}", scores, {"space": space, "latent": latent, **rolled, **chosen}, plan.seed, SCORES,
+                table="scores",
+            )
+            for space, latent in plan.places
+        ),
+    ]  # fmt: skip
+
+
+def the_design(bench: Workbench, folds: int, shuffles: int, seed: int) -> Design:
+    """Targets, folds and shuffles of the evaluation prompts."""
+    return _design(bench.prompts.evaluation, folds, shuffles, seed)
+
+
+def states_of(
+    bench: Workbench, space: ProbedSpace, layers: tuple[int, ...], batch_size: int
+) -> dict[tuple[str, int, int], np.ndarray]:
+    """States of one space at all latents and layers."""
+    return collect(bench.model, bench.prompts.evaluation, (space,), layers, batch_size, bench.advance)
+
+
+def design(bench: Workbench, *, seed: int, folds: int, shuffles: int) -> pd.DataFrame:
+    """What every probe has to read, and in which fold each prompt is held out."""
+    drawn = bench.once(the_design, folds, shuffles, seed)
+    ids = [problem.prompt_id for problem in bench.prompts.evaluation]
+    frames = [
+        pd.DataFrame({"prompt_id": ids, "cluster": drawn.clusters, "fold": drawn.folds, "label": target.labels})
+        .assign(target=target.name)
+        for target in drawn.targets
+    ]  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
+
+
+def scores(
+    bench: Workbench,
+    *,
+    seed: int,
+    space: ProbedSpace,
+    latent: int,
+    layers: tuple[int, ...],
+    batch_size: int,
+    folds: int,
+    shuffles: int,
+) -> pd.DataFrame:
+    """Held-out results of one space and latent, at every layer."""
+    drawn = bench.once(the_design, folds, shuffles, seed)
+    ids = [problem.prompt_id for problem in bench.prompts.evaluation]
+    frames = []
+    for (_, k, layer), x in bench.once(states_of, space, layers, batch_size).items():
+        if k != latent:
+            continue
+        found = probe(x, drawn)
+        given = {"space": space, "latent": latent, "layer": layer, "prompt_id": ids}
+        for name, correct in found.correct.items():
+            columns = {"target": name, "correct": correct, "shuffled": found.shuffled[name], "r2": found.r2[name]}
+            frames.append(pd.DataFrame({**given, **columns}))
+    return pd.concat(frames, ignore_index=True)
 
 
 # --- States of a model ------------------------------------------------------------------------------------------------
@@ -89,7 +173,7 @@ class Config:
 def collect(
     model: CodiModel,
     problems: Sequence[Problem],
-    spaces: Sequence[Space] = SPACES,
+    spaces: Sequence[ProbedSpace] = PROBED_SPACES,
     layers: Sequence[int] | None = None,
     batch_size: int = 128,
     advance: Callable[[int], object] = lambda prompts: None,
@@ -111,15 +195,10 @@ def collect(
     Raises:
         ValueError: an unknown space, a layer outside 0..n_layers.
     """
-    from steering.means import content_keys
-
-    unknown = sorted(set(spaces) - set(SPACES))
+    unknown = sorted(set(spaces) - set(PROBED_SPACES))
     if unknown or not spaces:
-        raise ValueError(f"spaces may be {', '.join(SPACES)}, got {', '.join(unknown) or 'none'}")
-    wanted = tuple(range(model.n_layers + 1)) if layers is None else tuple(sorted(set(layers)))
-    wrong = [layer for layer in wanted if not 0 <= layer <= model.n_layers]
-    if wrong:
-        raise ValueError(f"layers must be in 0..{model.n_layers}, got {wrong[0]}")
+        raise ValueError(f"spaces may be {', '.join(PROBED_SPACES)}, got {', '.join(unknown) or 'none'}")
+    wanted = _wanted(model, layers)
     kept = {"h": "hidden_states", "z": "embeddings", "keys": "keys", "values": "values"}
     found: dict[tuple[str, int, int], list[np.ndarray]] = {}
     for start in range(0, len(problems), batch_size):
@@ -145,7 +224,48 @@ def collect(
     return {place: np.concatenate(parts) for place, parts in found.items()}
 
 
-# --- Command ----------------------------------------------------------------------------------------------------------
+# --- What they say ----------------------------------------------------------------------------------------------------
+
+
+def conclude(plan: Plan, trials: Trials) -> Findings:
+    """The table, its figure and its summary."""
+    drawn, places, found = read_trials(trials)
+    settings = plan.settings
+    table = probe_table(
+        places, found, drawn, resamples=settings.resamples, level=settings.level, seed=settings.seed
+    )  # fmt: skip
+    about = (
+        f"{plan.asked}, {len(drawn.clusters)} prompts in {len(set(drawn.clusters))} number triples; linear probes, "
+        f"{plan.folds} folds by triple, {plan.shuffles} label shuffles."
+    )
+    caption = "Selectivity of linear probes of every target, by space, layer and latent."
+    return Findings(
+        [Section(about), Section(summary(table))], {"probes": table}, lambda: {"probes": draw(table)},
+        {"probes": caption},
+    )  # fmt: skip
+
+
+def read_trials(trials: Trials) -> tuple[Design, list[tuple[str, int, int]], list[ProbeScores]]:
+    """Design (without shuffles), places and their scores, from the trial tables."""
+    rows = {str(name): part for name, part in trials["design"].groupby("target", observed=True, sort=False)}
+    first = next(iter(rows.values()))
+    targets = tuple(
+        Target(name, part["label"].to_numpy(), tuple(range(part["label"].max() + 1))) for name, part in rows.items()
+    )
+    drawn = Design(targets, np.array(first["cluster"].tolist()), first["fold"].to_numpy(), ())
+    places, found = [], []
+    for _, cell in trials["scores"].groupby(["space", "latent", "layer"], observed=True, sort=False):
+        by_target = {str(name): part for name, part in cell.groupby("target", observed=True, sort=False)}
+        one = cell.iloc[0]
+        places.append((str(one["space"]), int(one["latent"]), int(one["layer"])))
+        found.append(
+            ProbeScores(
+                correct={name: part["correct"].to_numpy() for name, part in by_target.items()},
+                shuffled={name: part["shuffled"].to_numpy() for name, part in by_target.items()},
+                r2={name: float(part["r2"].iloc[0]) for name, part in by_target.items()},
+            )
+        )
+    return drawn, places, found
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -176,54 +296,26 @@ def summary(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config) -> None:
-    """Roll out, probe every place, write table and figure, print the summary."""
-    from tqdm import tqdm
+# --- Command ----------------------------------------------------------------------------------------------------------
 
-    from codi import load_codi
-    from experiments.figures.style import FORMATS, encode
-    from experiments.latents.probes_figures import draw
-    from experiments.study.folder import versions
-    from experiments.tasks.split import digest
+STUDY = Study(
+    options=ProbesOptions,
+    title="Probes of latents",
+    prompts=lambda options, suffix: options.load_problems(options.seed, suffix, known_steps=1),
+    plan=make_plan,
+    parts=parts,
+    conclude=conclude,
+)
 
-    if config.resamples < 100:
-        raise ValueError(f"resamples must be at least 100, got {config.resamples}")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}")
-    config.out.mkdir(parents=True, exist_ok=True)
-    problems = load_task(config.task, config.split, config.limit, config.seed, "", config.min_steps, config.max_steps)
-    if any(len(problem.intermediates) < 1 for problem in problems):
-        raise ValueError(f"{config.task}: probes need problems whose steps are known")
-    model = load_codi(
-        config.model, base=config.base, protocol=config.protocol, lora_alpha=config.lora_alpha, mask=config.mask,
-        dtype=config.dtype, device=None if config.device == "auto" else config.device,
-    )  # fmt: skip
-    if config.suffix:
-        problems = with_suffix(problems, model.protocol.question_suffix)
-    clusters = [problem.cluster or problem.prompt_id for problem in problems]
-    design = Design.of(targets_of(problems), clusters, config.folds, config.shuffles, config.seed)
-    with tqdm(total=len(problems), unit="prompt", desc="latents") as bar:
-        states = collect(model, problems, config.spaces, config.layers, config.batch_size, bar.update)
-    scores = [probe(x, design) for x in tqdm(states.values(), unit="place", desc="probes")]
-    table = probe_table(list(states), scores, design, resamples=config.resamples, seed=config.seed)
 
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    manifest = {
-        "options": options, "checkpoint_hash": model.checkpoint_hash, "protocol": model.protocol.to_dict(),
-        "problems": digest(problems), "versions": versions(),
-    }  # fmt: skip
-    (config.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    table.to_csv(config.out / "probes.csv", index=False)
-    (config.out / "probes.json").write_text(table.to_json(orient="records", indent=1) + "\n", encoding="utf-8")
-    figure = draw(table)
-    for form in FORMATS:
-        (config.out / f"probes.{form}").write_bytes(encode(figure, form))
-    text = (
-        f"{model.name}: {config.task}, split {config.split}, {len(problems)} prompts in {len(set(clusters))} number "
-        f"triples; linear probes, {config.folds} folds by triple, {config.shuffles} label shuffles\n\n{summary(table)}"
-    )
-    (config.out / "summary.md").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\n\nWritten to {config.out}: probes.csv, probes.json, probes.png, probes.pdf, summary.md")
+def run(options: ProbesOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
+    """The study on a loaded model."""
+    return run_study(STUDY, options, model, prompts, say)
+
+
+def main(options: ProbesOptions) -> None:
+    """Load, run, print the summary."""
+    print(run_study(STUDY, options, say=to_stderr).markdown())
 
 
 if __name__ == "__main__":

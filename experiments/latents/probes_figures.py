@@ -12,7 +12,7 @@ import pandas as pd
 
 from experiments.figures.heatmap import Scale, colour_bar, matrix, numbers
 from experiments.figures.style import CORRELATION, new_figure, note, sample_text, styled
-from experiments.latents.probes import SPACES
+from experiments.latents.options import PROBED_SPACES
 from experiments.statistics.probes import CONTRAST
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def draw(table: pd.DataFrame, title: str = "") -> Figure:
         table: columns space, latent, layer, target, selectivity, n, n_clusters.
         title: above everything.
     """
-    spaces = [space for space in SPACES if space in set(table["space"])]
+    spaces = [space for space in PROBED_SPACES if space in set(table["space"])]
     targets = list(dict.fromkeys(table["target"]))
     tallest = max(table.loc[table["space"] == space, "layer"].nunique() for space in spaces)
     height = float(np.clip(0.155 * tallest, 0.55, 2.6))

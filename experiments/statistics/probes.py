@@ -282,6 +282,7 @@ def probe_table(
     design: Design,
     *,
     resamples: int = 2000,
+    level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row per place × target, with intervals over clusters.
@@ -291,6 +292,7 @@ def probe_table(
         scores: from `probe`, in the same order.
         design: what they were computed with.
         resamples: bootstrap resamples.
+        level: coverage of the intervals.
         seed: of the bootstrap.
 
     Returns:
@@ -332,7 +334,9 @@ def probe_table(
         bounds = (0.0, 1.0) if column == "accuracy" else (-1.0, 1.0)
         if known.any():
             spread = np.broadcast_to(counts, values[known].shape)
-            lower[known], upper[known] = bootstrap_interval(values[known], spread, weights=weights, bounds=bounds)
+            lower[known], upper[known] = bootstrap_interval(
+                values[known], spread, weights=weights, level=level, bounds=bounds
+            )
         table[f"{prefix}lower"], table[f"{prefix}upper"] = lower, upper
     table["n"], table["n_clusters"] = len(codes), len(names)
     order = ["space", "latent", "layer", "target", "accuracy", "lower", "upper", "shuffled", "selectivity",

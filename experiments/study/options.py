@@ -23,12 +23,13 @@ Imports neither torch nor pandas, and nothing that does until `load` is called: 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import tyro
 
@@ -44,10 +45,12 @@ __all__ = [
     "AnswerOptions",
     "ControlOptions",
     "DrawOptions",
+    "IntervalOptions",
     "ModelOptions",
     "Options",
     "PromptOptions",
     "PublishedPromptOptions",
+    "QuestionOptions",
     "RunOptions",
     "SplitOptions",
     "StatisticsOptions",
@@ -138,18 +141,37 @@ class ModelOptions(Options):
 
         return load_codi(**self.load_arguments(attention))
 
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        if "/" not in self.model and not Path(self.model).expanduser().exists():  # a hub id is owner/name
+            raise ValueError(f"no checkpoint {self.model!r}: no such folder, and a hub id has the form owner/name")
+
+    def known_latents(self) -> int | None:
+        """Latents of the model, read from its folder without loading it; None: the folder does not say."""
+        file = Path(self.model).expanduser() / "codi.json"
+        try:
+            number = json.loads(file.read_text(encoding="utf-8")).get("n_latents")
+        except (OSError, ValueError, AttributeError):  # no folder of ours, or a damaged one: loading it says so
+            return None
+        return number if isinstance(number, int) else None
+
+
+class Bounds(TypedDict):
+    """Which problems of a task: arguments of `load_task` and `load_split`."""
+
+    min_steps: int | None
+    max_steps: int | None
+    reach: int | None
+
 
 @dataclass(frozen=True)
-class TaskOptions(Options):
-    """Which prompts are asked."""
+class QuestionOptions(Options):
+    """Where questions come from."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 1}
     LATER: ClassVar[frozenset[str]] = frozenset({"reach"})
 
     task: str = "templates"
-    """Evaluation prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
-    limit: int | None = 160
-    """Number of evaluation prompts (a seeded choice); None: all."""
+    """Task of the prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
     min_steps: int | None = None
     """Only problems of at least this many steps; None: no bound. Not used for templates."""
     max_steps: int | None = None
@@ -170,19 +192,35 @@ class TaskOptions(Options):
         return self.task
 
     @property
-    def bounds(self) -> dict[str, int | None]:
-        """min_steps, max_steps and reach as `load_task` and `load_split` take them."""
+    def chosen_task(self) -> str:
+        """The task that is loaded; a command may have a default of its own where none is named."""
+        return self.task
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds on steps and values; none for templates."""
         if self.task == "templates":  # one set of three steps each
             return {"min_steps": None, "max_steps": None, "reach": None}
         return {"min_steps": self.min_steps, "max_steps": self.max_steps, "reach": self.reach}
 
     def check_inputs(self) -> None:
         super().check_inputs()
-        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", self.task)
-        if self.task not in TASK_NAMES and not hub_id and not Path(self.task).exists():
+        task = self.chosen_task
+        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", task)
+        if task not in TASK_NAMES and not hub_id and not Path(task).exists():
             from experiments.tasks.readers import TASK_HELP
 
-            raise ValueError(f"unknown task {self.task!r}: no such file or folder; {TASK_HELP}")
+            raise ValueError(f"unknown task {task!r}: no such file or folder; {TASK_HELP}")
+
+
+@dataclass(frozen=True)
+class TaskOptions(QuestionOptions):
+    """Which prompts are asked, and how many."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 1}
+
+    limit: int | None = 160
+    """Number of evaluation prompts (a seeded choice); None: all."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +230,12 @@ class SplitOptions(TaskOptions):
     split: str = "test"
     """Split of the task: train, derivation or test of a generated task (templates also has all); that of a folder or
     hub data set (published: the one that the published evaluation reads). Not used for a single file."""
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        from experiments.tasks import check_split
+
+        check_split(self.task, self.split)
 
     def load_problems(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
         """The prompts as the evaluation side of a split without a derivation side.
@@ -296,16 +340,14 @@ class AnswerOptions(Options):
 
 
 @dataclass(frozen=True)
-class StatisticsOptions(Options):
-    """How intervals and p-values are computed from the trials."""
+class IntervalOptions(Options):
+    """How intervals are computed from the trials."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"resamples": 100, "permutations": 100}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"resamples", "permutations", "level"})  # trials stay the same
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"resamples": 100}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"resamples", "level"})  # trials stay the same
 
     resamples: int = 2000
     """Bootstrap resamples of clusters behind every interval."""
-    permutations: int = 5000
-    """Random sign flips behind every family-wise p-value."""
     level: float = 0.95
     """Coverage of the intervals, a fraction."""
 
@@ -318,7 +360,21 @@ class StatisticsOptions(Options):
         """The same for `experiments.statistics`."""
         from experiments.statistics.clusters import Settings
 
-        return Settings(resamples=self.resamples, permutations=self.permutations, level=self.level, seed=seed)
+        return Settings(resamples=self.resamples, level=self.level, seed=seed)
+
+
+@dataclass(frozen=True)
+class StatisticsOptions(IntervalOptions):
+    """How intervals and p-values are computed from the trials."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"permutations": 100}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"permutations"})
+
+    permutations: int = 5000
+    """Random sign flips behind every family-wise p-value."""
+
+    def statistics(self, seed: int) -> Settings:
+        return dataclasses.replace(super().statistics(seed), permutations=self.permutations)
 
 
 @dataclass(frozen=True)
