@@ -8,7 +8,6 @@ import pytest
 
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import compare, levels, row_of, rows_of
-from experiments.study import shared
 
 QUICK = Settings(resamples=200, permutations=200)
 EDITED = ({"kind": "edited"}, {"kind": "none"})
@@ -88,7 +87,7 @@ EFFECTS = [*NUMBERS, "reference_mean", "difference", "gained", "lost", "mcnemar_
 def test_typed_columns_and_words_give_the_same_numbers(outcome: str) -> None:
     trials = typed_trials()
     typed = levels(trials, ["kind", "latent"], outcome, QUICK)
-    words = shared.levels(trials, outcome, QUICK).set_index("condition")
+    words = levels(trials, ["condition"], outcome, QUICK).set_index("condition")
     assert list(typed.columns) == ["kind", "latent", *NUMBERS] and typed["latent"].dtype == np.int64
     assert typed[["kind", "latent"]].to_numpy().tolist() == [
         ["mean", 1], ["mean", 2], ["mean", 3], ["none", 0], ["other", 1], ["other", 2], ["other", 3]
@@ -102,7 +101,8 @@ def test_typed_columns_and_words_give_the_same_numbers(outcome: str) -> None:
     contrasts += [({"kind": "mean", "latent": 1}, {"kind": "other", "latent": 1})]
     found = compare(trials, contrasts, ["kind", "latent"], outcome, QUICK)
     pairs = [(f"{kind} {k}", "none") for kind in ("other", "mean") for k in (2, 3, 1)] + [("mean 1", "other 1")]
-    expected = shared.compare(trials, pairs, outcome, QUICK)
+    named = [({"condition": a}, {"condition": b}) for a, b in pairs]
+    expected = compare(trials, named, ["condition"], outcome, QUICK)
     assert list(found.columns)[:4] == ["kind", "latent", "reference_kind", "reference_latent"]
     assert list(found.columns)[4:] == list(expected.columns)[2:] and set(EFFECTS) <= set(found)
     np.testing.assert_array_equal(found[EFFECTS].to_numpy(), expected[EFFECTS].to_numpy())
