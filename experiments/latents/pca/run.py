@@ -502,7 +502,7 @@ def where_effects_go(model: CodiModel, split: Split, means: LatentMeans, config:
                 ("direction", mean_difference), ("random", random_direction(mean_difference, rng))
             ):  # fmt: skip
                 for sign, k in itertools.product((1.0, -1.0), range(1, n + 1)):
-                    edit = AddDirection(direction, k, sign, part=part, model=model, prompts=thoughts.prefill)
+                    edit = AddDirection(direction, k, sign, part=part)
                     edited = model.rollout(thoughts.prefill, n, [edit], keep=("embeddings", "keys", "values", "cache"))
                     assert edited.embeddings is not None and edited.values is not None
                     new = torch.cat((content_keys(edited, model).to(edited.values.dtype), edited.values), dim=-1)
