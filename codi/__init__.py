@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from codi.checkpoint import KNOWN, CheckpointError, load_codi, save_checkpoint
     from codi.decode import decode_answers
     from codi.forced import divergence
+    from codi.interventions import Intervention
     from codi.model import CodiModel
     from codi.parts import Parts, Projection
     from codi.protocol import Protocol, UserError
-    from codi.rollout import Intervention, LatentRollout, Prefill
+    from codi.rollout import LatentRollout, Prefill
     from lm.text import EncodedBatch
 
 __version__ = "0.1.0"
@@ -70,7 +71,7 @@ __getattr__, __dir__ = exports(
         "CheckpointError": "codi.weights",
         "CodiModel": "codi.model",
         "EncodedBatch": "lm.text",
-        "Intervention": "codi.rollout",
+        "Intervention": "codi.interventions",
         "LatentRollout": "codi.rollout",
         "Parts": "codi.parts",
         "Prefill": "codi.rollout",
