@@ -35,9 +35,6 @@ from experiments.study.run import study_identity
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 HEAVY = ("torch", "pandas", "numpy", "transformers", "pyarrow")
-NOT_YET = (  # their options are still in modules that import torch; the next phase moves them
-    "train",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ def test_every_field_of_a_group_is_explained() -> None:
             assert get_field_docstring(group, field.name, ()), f"{group.__name__}.{field.name}"
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - set(NOT_YET)))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 @pytest.mark.parametrize("arguments", [["--help"], ["--limit", "0"], ["--out", "FOREIGN"], ["--task", "nowhere"]])
 def test_help_and_refusals_import_nothing_heavy(name: str, arguments: list[str], tmp_path: Path) -> None:
     foreign = "manifest_necessity.json" if name == "sweep" else "manifest_sweep.json"
