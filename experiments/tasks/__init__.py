@@ -110,8 +110,9 @@ def check_split(task: str, split: str) -> None:
         ValueError: the task has no such split.
     """
     if task in GENERATED_SPLITS:
-        if split not in GENERATED_SPLITS[task]:
-            raise ValueError(f"split of task {task!r} must be one of {', '.join(GENERATED_SPLITS[task])}, got {split!r}")
+        allowed = GENERATED_SPLITS[task]
+        if split not in allowed:
+            raise ValueError(f"split of task {task!r} must be one of {', '.join(allowed)}, got {split!r}")
         return
     from experiments.tasks.readers import check_file_split
 

@@ -47,7 +47,16 @@ from experiments.tasks.readers.files import FILE_TYPES, read_placed, split_files
 from experiments.tasks.readers.hub import HUB_DEFAULTS, TASK_HELP, named, read_hub
 from experiments.tasks.readers.records import problems_of, unique
 
-__all__ = ["FILE_TYPES", "HUB_DEFAULTS", "TASK_HELP", "check_file_split", "equation_steps", "read_file", "read_hub", "read_problems"]
+__all__ = [
+    "FILE_TYPES",
+    "HUB_DEFAULTS",
+    "TASK_HELP",
+    "check_file_split",
+    "equation_steps",
+    "read_file",
+    "read_hub",
+    "read_problems",
+]
 
 FILE_SPLITS = ("test", "train", "derivation", "all", "published")
 """What may be asked of a single file, which has no splits: the splits that commands ask for by default."""
