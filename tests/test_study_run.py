@@ -209,6 +209,8 @@ WRITERS: dict[str, list[str]] = {
     "lens difference": ["lens", "difference", "--read", "plain", "--limit", "8"],
     "eval": ["eval", "--limit", "8"],
     "train": ["train"],
+    "lens transfer": ["lens", "transfer", "--limit", "8"],
+    "lens causal": ["lens", "causal", "--limit", "8"],
     "necessity": ["necessity"],
     "alternation": ["alternation"],
     "probes": ["probes"],
@@ -218,8 +220,7 @@ WRITERS: dict[str, list[str]] = {
     "early-exit": ["early-exit", "--limit", "8", "--derivation", "24"],
     "pca": ["pca", "--limit", "8", "--derivation", "24"],
 }
-"""Commands that write a run folder; those that read trained lenses ("lens transfer", "lens causal") are refused for the
-lack of them here, and "stats", "plot" and "findings" work in folders of other commands."""
+"""Commands that write a run folder; "stats", "plot" and "findings" work in folders of other commands."""
 
 
 def test_every_command_that_writes_a_folder_is_listed() -> None:
