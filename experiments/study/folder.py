@@ -259,7 +259,7 @@ class RunFolder:
 
 def _typed(name: str, trials: pd.DataFrame | Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     """Columns in the order and with the types of a schema."""
-    given, wanted = set(trials), set(schema.names)
+    given, wanted = set(map(str, trials)), set(schema.names)
     if given != wanted:
         odd = [f"no {column!r}" for column in sorted(wanted - given)]
         odd += [f"{column!r} is not in its schema" for column in sorted(given - wanted)]
