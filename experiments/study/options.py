@@ -311,8 +311,8 @@ class PublishedPromptOptions(PromptOptions):
 class RunOptions(Options):
     """Where a run is written, its seed, and how much is computed at once."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size"})
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1, "threads": 0}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size", "threads"})
 
     out: Path = Path("runs/study")
     """Run folder. One that holds the same run is continued; one that holds another run is refused."""
@@ -320,6 +320,8 @@ class RunOptions(Options):
     """Seed of prompts, draws and statistics."""
     batch_size: int = 256
     """Rows computed at once."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice."""
 
     def check_inputs(self) -> None:
         super().check_inputs()

@@ -48,7 +48,7 @@ class TrainOptions(RunOptions):
     COMMAND: ClassVar[str] = "train"
     AT_LEAST: ClassVar[Mapping[str, float]] = {"teacher_steps": 0, "steps": 1, "epochs": 0, "micro_batch": 1}
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"device", "preset", "threads", "save_every", "eval_every", "eval_problems"}
+        {"device", "preset", "save_every", "eval_every", "eval_problems"}
     )
     IDENTITY: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
@@ -138,8 +138,6 @@ class TrainOptions(RunOptions):
     """Where to train."""
     precision: Literal["bf16", "float32"] = "bf16"
     """bf16: bfloat16 autocast, and frozen weights of a given base held in bfloat16; float32 throughout."""
-    threads: int = 0
-    """CPU threads; 0: PyTorch's choice."""
     save_every: int = 100
     """Steps between state files."""
     eval_every: int = 250
