@@ -33,12 +33,14 @@ from typing import TYPE_CHECKING
 from lm.lazy import exports
 
 if TYPE_CHECKING:
-    from codi.checkpoint import KNOWN, CheckpointError, load_codi, save_checkpoint
+    from codi.checkpoint import load_codi, save_checkpoint
     from codi.decode import decode_answers
     from codi.forced import divergence
     from codi.interventions import Intervention
+    from codi.layout import CheckpointError
     from codi.model import CodiModel
     from codi.parts import Parts, Projection
+    from codi.places import KNOWN
     from codi.protocol import Protocol, UserError
     from codi.rollout import LatentRollout, Prefill
     from lm.text import EncodedBatch
@@ -67,8 +69,8 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "KNOWN": "codi.checkpoint",
-        "CheckpointError": "codi.weights",
+        "KNOWN": "codi.places",
+        "CheckpointError": "codi.layout",
         "CodiModel": "codi.model",
         "EncodedBatch": "lm.text",
         "Intervention": "codi.interventions",
