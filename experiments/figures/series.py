@@ -33,9 +33,11 @@ _LINE: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.1, "elinewidth": 0.8,
 
 
 def spread(table: pd.DataFrame, name: str = "mean", scale: float = 1.0) -> np.ndarray:
-    """(2, point): how far the bounds lie from the estimate, below and above, as error bars want it."""
+    """(2, point): how far the bounds lie from the estimate, below and above, as error bars want it; a bound that is not
+    finite is not drawn."""
     values = table[name].to_numpy(float)
-    return scale * np.abs(np.stack([values - table["lower"].to_numpy(float), table["upper"].to_numpy(float) - values]))
+    reach = np.abs(np.stack([values - table["lower"].to_numpy(float), table["upper"].to_numpy(float) - values]))
+    return scale * np.where(np.isfinite(reach), reach, 0.0)
 
 
 def draw_series(

@@ -48,7 +48,7 @@ def _rates_of(found: Detection, lens: int, chosen: np.ndarray, settings: Setting
     hits = np.stack([np.where(known, rank <= k, np.nan) for k in range(1, TOP + 1)], axis=-1)
     chance = np.where(known[..., None], found.chance[lens][chosen], np.nan)
     clusters = found.clusters[chosen]
-    level = mean_intervals(hits.reshape(len(hits), -1), clusters, settings, rates=True)
+    level = mean_intervals(hits.reshape(len(hits), -1), clusters, settings)
     lift = mean_intervals((hits - chance).reshape(len(hits), -1), clusters, settings, bounds=(-1.0, 1.0))
     frame = _grid(latent=found.positions, layer=range(rank.shape[2]), target=found.targets, k=range(1, TOP + 1))
     frame["rate"], frame["lower"], frame["upper"] = level["mean"], level["lower"], level["upper"]
@@ -79,7 +79,7 @@ def word_rates(found: Detection, settings: Settings | None = None) -> pd.DataFra
         hits = np.stack([found.word_rank[i] <= k for k in range(1, TOP + 1)], axis=-1).astype(float)
         frame = _grid(latent=found.positions, layer=range(hits.shape[2]), word=found.words, k=range(1, TOP + 1))
         frame.insert(0, "lens", lens)
-        level = mean_intervals(hits.reshape(len(hits), -1), found.clusters, settings, rates=True)
+        level = mean_intervals(hits.reshape(len(hits), -1), found.clusters, settings)
         frame["rate"], frame["lower"], frame["upper"] = level["mean"], level["lower"], level["upper"]
         frame["n"], frame["n_clusters"] = level["n"], level["n_clusters"]
         frame["single_token_spellings"] = frame["word"].map(single)
