@@ -9,7 +9,6 @@ import pytest
 from scipy import stats as scipy_stats
 
 from experiments.statistics.calibration import (
-    distinct_edits,
     extremes,
     gains_and_losses,
     last_places,
@@ -17,10 +16,10 @@ from experiments.statistics.calibration import (
     maximum_p,
     members,
     null_counts,
-    overlap,
     paired_excess,
     rank_p,
 )
+from experiments.statistics.distinct import distinct_edits, overlap
 from experiments.statistics.paired import benjamini_hochberg
 
 PAIRS, PLACES, PROMPTS, BASELINE = 8, 9, 200, 0.8
