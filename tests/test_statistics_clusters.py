@@ -26,17 +26,25 @@ from experiments.statistics.clusters import (
 from experiments.statistics.paired import paired_interval
 
 
-def test_bootstrap_of_constants_has_no_width() -> None:
+def test_where_all_clusters_agree_the_bounds_are_exact() -> None:
+    """No interval of no width: 0 of C clusters differ, so that at most a share of 1 - 0.025 ** (1 / C) does."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for value in (True, False):
             estimate = accuracy_interval([value] * 12, list("aabbccddeeff"))
-            assert estimate.lower == estimate.estimate == estimate.upper == float(value)
+            share = 1 - 0.025 ** (1 / 6)
+            assert estimate.estimate == float(value) and estimate.upper - estimate.lower == pytest.approx(share)
+            assert (estimate.upper if value else estimate.lower) == float(value)
             assert (estimate.n, estimate.n_clusters) == (12, 6)
         same = paired_interval([1, 0, 1, 0], [1, 0, 1, 0], list("abcd"))
-        assert (same.lower, same.estimate, same.upper) == (0, 0, 0)
+        share = 1 - 0.025 ** (1 / 4)
+        assert (same.lower, same.estimate, same.upper) == pytest.approx((-share, 0, share))
     varied = accuracy_interval([True, False] * 6, list("aabbccddeeff"))
-    assert varied.lower == varied.upper == 0.5  # each cluster has the same accuracy
+    share = 1 - 0.025 ** (1 / 6)  # each cluster has the same accuracy
+    assert (varied.lower, varied.upper) == pytest.approx((0.5 - share / 2, 0.5 + share / 2))
+    weights = cluster_weights(6, 100, 0)
+    bare = bootstrap_interval(np.full((1, 6), 1), np.full((1, 6), 2), weights=weights, exact=False)
+    assert bare[0] == bare[1] == 0.5  # the control: what the bootstrap alone says
     varied = accuracy_interval([True, True, False, False] * 3, list("aabbccddeeff"))
     assert varied.lower < 0.5 < varied.upper  # control: clusters differ
 
@@ -92,14 +100,16 @@ def test_intervals_cover(n_clusters: int, size: int) -> None:
         assert ((lower <= truth) & (truth <= upper)).mean() < 0.91
 
 
-def test_interval_of_constants_has_no_width_and_unknown_prompts_do_not_count() -> None:
+def test_interval_of_constants_is_exact_and_unknown_prompts_do_not_count() -> None:
     values = np.array([[1.0, 0.0, np.nan], [1.0, 1.0, np.nan], [1.0, np.nan, np.nan], [1.0, 1.0, np.nan]])
     table = mean_intervals(values, ["a", "a", "b", "b"])
-    assert table.loc[0, ["mean", "lower", "upper"]].tolist() == [1.0, 1.0, 1.0]
+    assert table.loc[0, ["mean", "lower", "upper"]].tolist() == pytest.approx([1.0, 0.025**0.5, 1.0])
     assert table.loc[1, "mean"] == pytest.approx(2 / 3) and table.loc[1, "n"] == 3
     rates = mean_intervals(values, ["a", "a", "b", "b"], rates=True)  # two clusters, all right: Clopper-Pearson
     assert rates.loc[0, "lower"] == pytest.approx(0.025**0.5) and rates.loc[0, "upper"] == 1.0
     assert rates.loc[1].equals(table.loc[1])
+    with pytest.raises(ValueError, match="truth values"):
+        mean_intervals(values / 2, ["a", "a", "b", "b"], rates=True)
     assert table.loc[2, "n"] == 0 and np.isnan(table.loc[2, "mean"])
 
 

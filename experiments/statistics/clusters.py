@@ -5,9 +5,10 @@ interval of every study comes from resampling whole clusters, by one rule that i
 
 The rule, `expanded_percentile`: percentile bootstrap over clusters (multinomial weights), with the quantile levels
 widened for few clusters so that a mean gets the width of a t interval. One cluster says nothing about spread: the
-interval is then the whole range of the number. It holds for any function of cluster sums (`interval_of`): a mean, a
-difference of means, the lead of one column over the others, a calibration error. `bootstrap_interval` is the same for
-many ratios at once, `mean_intervals` for the columns of a table, `accuracy_interval` for one accuracy.
+interval is then the whole range of the number. Where all clusters agree a bootstrap has nothing to resample: a ratio
+then gets exact bounds (exact.py). The rule holds for any function of cluster sums (`interval_of`): a mean, a difference
+of means, the lead of one column over the others, a calibration error. `bootstrap_interval` is the same for many ratios
+at once, `mean_intervals` for the columns of a table, `accuracy_interval` for one accuracy.
 
 Knows nothing about trial tables, files or models.
 
@@ -23,7 +24,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
-from statsmodels.stats.proportion import proportion_confint
+
+from experiments.statistics.exact import never_zero_width
 
 __all__ = [
     "Estimate",
@@ -214,15 +216,20 @@ def resampled_ratio(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -
     return np.where(trials > 0, totals / np.where(trials > 0, trials, 1), plain)
 
 
+Bounds = tuple[float | np.ndarray, float | np.ndarray]
+"""Lowest and highest value that a number can take; an array has one per cell. Infinite where there is none."""
+
+
 def bootstrap_interval(
     sums: np.ndarray,
     counts: np.ndarray,
     *,
     weights: np.ndarray,
     level: float = 0.95,
-    bounds: tuple[float, float] = (-1.0, 1.0),
+    bounds: Bounds = (-1.0, 1.0),
+    exact: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clustered bootstrap interval of `sums.sum(1) / counts.sum(1)` for many cells at once.
+    """Clustered interval of `sums.sum(1) / counts.sum(1)` for many cells at once.
 
     Args:
         sums: (cell, cluster) sum over the cluster's prompts, of correct answers or of paired differences.
@@ -230,22 +237,28 @@ def bootstrap_interval(
         weights: (resample, cluster) from `cluster_weights`.
         level: coverage.
         bounds: the whole range of the statistic, returned for a cell with fewer than two clusters.
+        exact: where all clusters agree, exact bounds within `bounds` instead of an interval of no width.
 
     Returns:
-        lower, upper, each (cell,). Constant data gives an interval of no width.
+        lower, upper, each (cell,).
 
-    Source: expanded percentile interval, Hesterberg 2015, arXiv 1411.5279.
+    Raises:
+        ValueError: shapes that do not fit, or a constant value outside its bounds.
+
+    Source: expanded percentile interval, Hesterberg 2015, arXiv 1411.5279; exact bounds: exact.py.
     """
     if sums.shape != counts.shape or sums.shape[1] != weights.shape[1]:
         raise ValueError(f"sums {sums.shape}, counts {counts.shape} and weights {weights.shape} do not fit")
-    parts = []
+    lower, upper = (np.array(np.broadcast_to(bound, len(sums)), float) for bound in bounds)
+    clusters = (counts > 0).sum(1)
     for start in range(0, len(sums), _CHUNK):
-        rows = slice(start, start + _CHUNK)
+        rows = np.arange(start, min(start + _CHUNK, len(sums)))
+        rows = rows[clusters[rows] > 1]
         resampled = resampled_ratio(sums[rows].astype(float), counts[rows].astype(float), weights)
-        parts.append(expanded_percentile(resampled, (counts[rows] > 0).sum(1), level, bounds))
-    if not parts:
-        return np.empty(0), np.empty(0)
-    return np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])
+        lower[rows], upper[rows] = expanded_percentile(resampled, clusters[rows], level)
+    if exact and len(sums):
+        lower, upper, _ = never_zero_width(lower, upper, sums, counts, level=level, bounds=bounds)
+    return lower, upper
 
 
 # --- Means ------------------------------------------------------------------------------------------------------------
@@ -266,7 +279,7 @@ def accuracy_interval(
         clusters: the cluster of each prompt (prompts that share a number triple).
 
     Returns:
-        estimate, lower, upper as fractions, number of prompts and of clusters. All right or all wrong gives no width.
+        estimate, lower, upper as fractions, number of prompts and of clusters.
 
     Raises:
         ValueError: no prompts, or lengths that differ.
@@ -296,13 +309,14 @@ def mean_intervals(
         clusters: one per prompt.
         settings: resamples, level, seed.
         bounds: the whole range of a mean, given for a column with a single cluster.
-        rates: values are truth values; where all are alike a bootstrap has no width, and the interval is
-            Clopper-Pearson over clusters.
+        rates: values are truth values, 0 or 1: refuse others.
 
     Returns:
         One row per column: mean, lower, upper, n (prompts), n_clusters. NaN where no prompt counts.
     """
     settings = settings or Settings()
+    if rates and not np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
+        raise ValueError("rates are means of truth values, got other numbers than 0 and 1")
     codes, names = cluster_codes(clusters)
     sums, counts = (np.ascontiguousarray(table) for table in cluster_sums(values, codes, len(names)))
     weights = settings.weights(len(names))
@@ -310,14 +324,6 @@ def mean_intervals(
     n = counts.sum(1)
     empty = n == 0
     n_clusters = (counts > 0).sum(1)
-    if rates:
-        total = sums.sum(1)
-        for share, side in ((0.0, upper), (1.0, lower)):
-            alike = (total == share * n) & ~empty
-            ends = proportion_confint(
-                share * n_clusters[alike], n_clusters[alike], alpha=round(1 - settings.level, 12), method="beta"
-            )
-            side[alike] = ends[1] if share == 0 else ends[0]
     mean = np.where(empty, np.nan, sums.sum(1) / np.maximum(n, 1))
     return pd.DataFrame(
         {
