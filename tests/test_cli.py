@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
-from experiments.commands import Command
+from experiments.commands import Command, command_of_module
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = '''
@@ -313,3 +313,10 @@ def test_every_study_is_also_a_module(name: str) -> None:
     guard = ast.parse(source).body[-1]
     assert isinstance(guard, ast.If) and "__main__" in ast.unparse(guard.test)
     assert "run_module(__name__)" in ast.unparse(guard) or "run(main, " in ast.unparse(guard)
+
+
+def test_a_room_runs_as_the_command_that_it_is() -> None:
+    found = {module: command_of_module(f"experiments.{module}") for module in ("evaluate", "train", "sweep", "page")}
+    assert found == {"evaluate": "eval", "train": "train", "sweep": "sweep", "page": "findings"}
+    assert command_of_module("experiments.latents.necessity") == "necessity"
+    assert command_of_module("experiments.latents") is None  # several commands, none of its name
