@@ -30,7 +30,7 @@ def test_all_right_all_wrong_and_no_difference_get_width_and_the_others_keep_the
     counts = np.ones((4, 13))
     sums = np.stack([np.ones(13), np.zeros(13), np.r_[np.ones(12), 0.0], np.full(13, 0.0)])
     weights = cluster_weights(13, 500, 0)
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, bounds=(0.0, 1.0), exact=False)
+    lower, upper = bootstrap_interval(sums, counts, weights=weights, bounds=(0.0, 1.0))
     assert (upper - lower == 0).tolist() == [True, True, False, True]  # the control: what the bootstrap says
     new_lower, new_upper, replaced = never_zero_width(lower, upper, sums, counts, bounds=(0.0, 1.0))
     share = 1 - 0.025 ** (1 / 13)

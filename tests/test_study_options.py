@@ -191,8 +191,11 @@ def test_inputs_are_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (SplitOptions(split="foo"), "split of task 'templates' must be one of test, derivation, all, got 'foo'"),
-        (SplitOptions(task="arithmetic", split="all"), "'arithmetic' must be one of train, derivation, test, got"),
+        (SplitOptions(split="foo"), "split must be one of test, derivation, all for the task 'templates', got 'foo'"),
+        (
+            SplitOptions(task="arithmetic", split="all"),
+            "split must be one of train, derivation, test for the task 'arithmetic', got",
+        ),
         (SplitOptions(task="FILE", split="foo"), "a single file has no split 'foo', it is read whole: leave --split"),
     ],
 )
@@ -242,11 +245,7 @@ def test_every_field_of_a_group_is_explained() -> None:
 
 
 NESTED = {"lens": ("train", "show", "detect", "difference", "transfer", "causal")}
-WORDS = [
-    words
-    for name in sorted(COMMANDS)
-    for words in (name, *(f"{name} {inner}" for inner in NESTED.get(name, ())))
-]
+WORDS = [words for name in sorted(COMMANDS) for words in (name, *(f"{name} {inner}" for inner in NESTED.get(name, ())))]
 
 
 @pytest.mark.parametrize("name", WORDS)
