@@ -22,7 +22,7 @@ import pandas as pd
 
 from experiments.study.claims import ClaimsTable
 from experiments.study.folder import RunFolder, open_run
-from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of
+from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of, load_model
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
 from experiments.study.result import FigureFiles, Result, Section
 from experiments.tasks.split import Split
@@ -146,7 +146,7 @@ def run_study(
         prompts = study.prompts(options, model.protocol.question_suffix)
     plan = study.plan(options, model, prompts)
     parts = study.parts(plan)
-    recipe = None if handed_over else Recipe(_load, options.load_arguments(study.attention), prompts)
+    recipe = None if handed_over else Recipe(load_model, options.load_arguments(study.attention), prompts)
     bench = Workbench(model, prompts, recipe)
     identity = (study.identity or study_identity)(options, model, prompts)
     everyone = (*prompts.evaluation, *([] if prompts.evaluation else prompts.derivation))
@@ -172,12 +172,6 @@ def run_study(
         )
         result.write(folder.write)
     return result
-
-
-def _load(**arguments: Any) -> CodiModel:
-    from codi import load_codi
-
-    return load_codi(**arguments)
 
 
 def fill(
