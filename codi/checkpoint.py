@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -71,7 +72,10 @@ def _read_config(folder: Path, what: str) -> PreTrainedConfig:
     refuse_pointer(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except StrictDataclassError as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"base model {what} has a config.json that makes no sense: {why}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"base model {what} has no readable config.json of a language model") from error
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         value = getattr(config, name, None)
@@ -85,7 +89,9 @@ def _read_tokenizer(folder: Path) -> Any:
     for name in (*TOKENIZER_FILES, "special_tokens_map.json"):
         refuse_pointer(folder / name)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer(["1+1=?"])  # some settings are first looked at here
+        return tokenizer
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
         for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
             if (folder / name).is_file():
@@ -240,7 +246,7 @@ def _skeleton(config: Any, what: str) -> Any:
     try:
         with torch.device("meta"), no_init_weights():
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, LookupError, ZeroDivisionError) as error:
         raise UserError(f"base model {what} has a config.json of which no language model can be made") from error
 
 

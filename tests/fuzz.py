@@ -637,8 +637,8 @@ SUBJECTS: dict[str, tuple[Subject, ...]] = {
     "folders": (broken_folder,),
     "checkpoints": (*(spoilt_key,) * 3, *(harmless_checkpoint,) * 2, *(spoilt_settings,) * 2, *(spoilt_bytes,) * 2),
 }
-"""What `--files 5000`, `--folders 100` and `--checkpoints 500` make, by name; a subject that is
-listed more often is drawn more often."""
+"""What `--files 5000`, `--folders 100` and `--checkpoints 500` make, by name; a subject that is listed more often is
+drawn more often."""
 
 
 def run(

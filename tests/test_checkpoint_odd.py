@@ -162,7 +162,7 @@ def test_padded_vocabularies_of_the_original_family(odd, golden, name):
     assert model.vocab_size == plain.vocab_size + 61
     assert model.protocol.excluded_logits == (
         *plain.protocol.excluded_logits,
-        *range(plain.vocab_size, model.vocab_size),
+        *range(plain.vocab_size, plain.vocab_size + 61),
     )
     run = model.rollout(model.encode(golden(name).expected["texts"]))
     assert decode_answers(model, run, 1, keep_first_logits=True).first_logits.argmax(1).max() >= plain.vocab_size
@@ -575,3 +575,16 @@ def test_one_spoilt_key_is_always_named_in_one_line(golden, spoilt, data):
     assert "\n" not in message and named in message, f"{how} {key}: {message}"
     if how == "rename":
         assert key in message or tied
+
+
+def test_commands_say_the_notes_and_record_what_is_not_default(golden, tmp_path, capsys):
+    from experiments.study.options import StudyOptions, identity_of
+
+    case = golden(ORIGINAL)
+    folder = Path(shutil.copytree(case.folder / "checkpoint", tmp_path / "c"))
+    write(folder, {f"module.{key}": value for key, value in read(folder).items()})
+    plain = StudyOptions(model=str(folder), base=str(case.folder / "base"))
+    assert plain.load().control_text == "plain" and "control_text" not in identity_of(plain)
+    assert f"{folder}: 'module.' was left out of" in capsys.readouterr().err
+    published = StudyOptions(model=str(folder), base=str(case.folder / "base"), control_text="published")
+    assert published.load().control_text == "published" and identity_of(published)["control_text"] == "published"
