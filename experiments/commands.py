@@ -74,8 +74,8 @@ COMMANDS: dict[str, Command] = {
         "accuracy by number of latents and by mode of answering, with intervals",
     ),
     "train": Command(
-        "experiments.train:Config",
-        "experiments.train:main",
+        "experiments.train.options:TrainOptions",
+        "experiments.train.run:main",
         "train a CODI model: teacher, then self-distillation",
     ),
     "lens": Command(

@@ -129,6 +129,7 @@ def test_by_number_of_steps() -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()  # what making the checkpoint said
     code = 0
     options = ["--model", str(folder / "checkpoint"), "--base", str(folder / "base"), "--device", "cpu"]
     try:

@@ -17,6 +17,7 @@ from experiments.latents.pca.parity import parity_interval, parity_share
 from experiments.latents.pca.run import STUDY, run
 from experiments.statistics.clusters import Settings, expanded_percentile
 from experiments.study.manifest import fingerprint
+from experiments.study.result import Result
 from experiments.study.run import study_identity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,9 @@ def test_study_on_a_planted_model(tmp_path: Path) -> None:
     verdicts = {claim.name: claim.verdict for claim in result.claims or ()}
     assert {"S4 (baseline)", "S5 (named cells)", "S7 (z)", "S8"} <= verdicts.keys()
     cells = result.tables["cells"]
+    # the best cell gains nothing, which 12 clusters cannot tell from a gain of two points
+    assert verdicts["S4 (baseline)"] == verdicts["S5 (any)"] == "undecided"
+    assert Result.read(result.path).markdown() == result.text
     assert not (cells["verdict"] == "improvement").any()  # it cannot be better than always right or hopeless
     assert sorted(p.name for p in (result.path / "figures").glob("*.png")) == [
         "components.png", "variance-steering.png", "where.png",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,24 +21,24 @@ from experiments.latents.options import NecessityOptions
 from experiments.study.manifest import fingerprint
 from experiments.study.options import (
     DrawOptions,
+    IntervalOptions,
     ModelOptions,
     Options,
     PromptOptions,
     RunOptions,
     SplitOptions,
+    StatisticsOptions,
     StudyOptions,
     changed,
     command_line,
     identity_of,
 )
 from experiments.study.run import study_identity
+from experiments.tasks import TASK_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 HEAVY = ("torch", "pandas", "numpy", "transformers", "pyarrow")
-NOT_YET = (  # their options are still in modules that import torch; the next phase moves them
-    "train",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,54 @@ def test_inputs_are_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
         NecessityOptions(out=tmp_path, draws=4).check_inputs()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (SplitOptions(split="foo"), "split must be one of test, derivation, all for the task 'templates', got 'foo'"),
+        (
+            SplitOptions(task="arithmetic", split="all"),
+            "split must be one of train, derivation, test for the task 'arithmetic', got",
+        ),
+        (SplitOptions(task="FILE", split="foo"), "a single file has no split 'foo', it is read whole: leave --split"),
+    ],
+)
+def test_a_split_that_is_not_there_is_seen_before_anything_is_read(
+    options: SplitOptions, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text("not yet read")
+    if options.task == "FILE":
+        options = dataclasses.replace(options, task=str(file))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        options.check_inputs()
+    SplitOptions(task=str(file), split="derivation").check_inputs()
+    SplitOptions(task="openai/gsm8k", split="foo").check_inputs()  # only reading tells
+
+
+def test_generated_tasks_have_the_splits_that_are_listed() -> None:
+    from experiments.tasks import GENERATED_SPLITS, arithmetic, load_task
+
+    assert set(GENERATED_SPLITS) == set(TASK_NAMES) and set(GENERATED_SPLITS["arithmetic"]) == set(arithmetic.SPLITS)
+    for task, splits in GENERATED_SPLITS.items():
+        for split in splits:
+            assert len(load_task(task, split, 2)) == 2
+
+
+def test_latents_are_known_without_loading(tmp_path: Path) -> None:
+    assert ModelOptions(model=str(ROOT / "checkpoints" / "tiny")).known_latents() == 6
+    assert ModelOptions(model="someone/something").known_latents() is None
+    (tmp_path / "codi.json").write_text("{")
+    assert ModelOptions(model=str(tmp_path)).known_latents() is None
+
+
+def test_intervals_alone() -> None:
+    settings = IntervalOptions(resamples=300, level=0.9).statistics(4)
+    assert (settings.resamples, settings.level, settings.seed) == (300, 0.9, 4)
+    assert StatisticsOptions(permutations=700).statistics(1).permutations == 700
+    with pytest.raises(ValueError, match="resamples must be at least 100, got 99"):
+        IntervalOptions(resamples=99)
+
+
 def test_every_field_of_a_group_is_explained() -> None:
     from tyro._docstrings import get_field_docstring
 
@@ -195,12 +244,16 @@ def test_every_field_of_a_group_is_explained() -> None:
             assert get_field_docstring(group, field.name, ()), f"{group.__name__}.{field.name}"
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - set(NOT_YET)))
+NESTED = {"lens": ("train", "show", "detect", "difference", "transfer", "causal")}
+WORDS = [words for name in sorted(COMMANDS) for words in (name, *(f"{name} {inner}" for inner in NESTED.get(name, ())))]
+
+
+@pytest.mark.parametrize("name", WORDS)
 @pytest.mark.parametrize("arguments", [["--help"], ["--limit", "0"], ["--out", "FOREIGN"], ["--task", "nowhere"]])
 def test_help_and_refusals_import_nothing_heavy(name: str, arguments: list[str], tmp_path: Path) -> None:
     foreign = "manifest_necessity.json" if name == "sweep" else "manifest_sweep.json"
     (tmp_path / "manifest.json").write_bytes((DATA / foreign).read_bytes())
-    given = [name, *(str(tmp_path) if word == "FOREIGN" else word for word in arguments)]
+    given = [*name.split(), *(str(tmp_path) if word == "FOREIGN" else word for word in arguments)]
     code = (
         f"import sys\nfrom experiments.cli import main\ntry:\n    main({given!r})\n"
         f"except SystemExit as stop:\n    print(stop.code)\nprint(sorted({set(HEAVY)!r} & set(sys.modules)))"

@@ -188,9 +188,7 @@ def test_rows_equal_one_edit_of_one_prompt_alone(trials, everything, codi_model,
                 if row.control == "random":
                     rng_of = generator(0, "random", space, row.source, row.target, row.draw)
                     direction = random_direction(direction, rng_of)
-                change = AddDirection(
-                    direction, row.latent, row.coefficient, part=row.part, model=codi_model, prompts=batch
-                )
+                change = AddDirection(direction, row.latent, row.coefficient, part=row.part)
                 run = codi_model.rollout(batch, row.n_latents, [change])
                 assert decode_answers(codi_model, run, 2).texts == [row.text]
                 plain = decode_answers(codi_model, codi_model.rollout(batch, row.n_latents), 2).texts

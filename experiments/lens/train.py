@@ -247,10 +247,7 @@ def _save(training: LensTraining, folder: RunFolder, seen: int) -> None:
 
 def _read(folder: RunFolder, names: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Tables of a finished training, to the last digit."""
-    return {
-        name: pd.read_csv(folder.path / f"{name}.csv", float_precision="round_trip", dtype=DIGITS_AS_TEXT)
-        for name in names
-    }
+    return {name: pd.read_csv(folder.path / f"{name}.csv", dtype=DIGITS_AS_TEXT) for name in names}
 
 
 def _conclude(

@@ -26,6 +26,7 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 import tyro
 
 from experiments.tasks import TASK_NAMES
-from lm.terms import Attention, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
+from lm.terms import Attention, ControlText, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
 
 if TYPE_CHECKING:
     from codi import CodiModel
@@ -59,6 +60,7 @@ __all__ = [
     "changed",
     "command_line",
     "identity_of",
+    "load_model",
 ]
 
 
@@ -103,6 +105,7 @@ class ModelOptions(Options):
     """Which CODI model, and how it runs. A run's identity has the hash of the weights and the device that was used."""
 
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"model", "device"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"control_text"})
 
     model: str = "checkpoints/tiny"
     """Checkpoint: a folder or a hub id such as bcywinski/codi_llama1b-answer_only."""
@@ -120,6 +123,8 @@ class ModelOptions(Options):
     """Where to compute; auto: CUDA if there is any."""
     dtype: Dtype = "float32"
     """Number format of the model's weights."""
+    control_text: ControlText = "plain"
+    """What the text of a control token (<|eocot|>) means in a question: plain text, or the token itself (published)."""
 
     def load_arguments(self, attention: Attention = "sdpa") -> dict[str, Any]:
         """Arguments of `codi.load_codi`, plain values: a model can be loaded from them in another process."""
@@ -133,13 +138,22 @@ class ModelOptions(Options):
             "rope": self.rope,
             "lora_alpha": self.lora_alpha,
             "attention": attention,
+            "control_text": self.control_text,
         }
 
     def load(self, attention: Attention = "sdpa") -> CodiModel:
-        """The model."""
-        from codi import load_codi
+        """The model; what loading left out or found otherwise is said on standard error."""
+        return load_model(**self.load_arguments(attention))
 
-        return load_codi(**self.load_arguments(attention))
+
+def load_model(**arguments: Any) -> CodiModel:
+    """The model that `ModelOptions.load_arguments` describes; its notes are said on standard error."""
+    from codi import load_codi
+
+    model = load_codi(**arguments)
+    for note in model.notes:
+        print(f"{model.name}: {note}", file=sys.stderr)
+    return model
 
     def check_inputs(self) -> None:
         super().check_inputs()
@@ -311,8 +325,8 @@ class PublishedPromptOptions(PromptOptions):
 class RunOptions(Options):
     """Where a run is written, its seed, and how much is computed at once."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size"})
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1, "threads": 0}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size", "threads"})
 
     out: Path = Path("runs/study")
     """Run folder. One that holds the same run is continued; one that holds another run is refused."""
@@ -320,6 +334,8 @@ class RunOptions(Options):
     """Seed of prompts, draws and statistics."""
     batch_size: int = 256
     """Rows computed at once."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice."""
 
     def check_inputs(self) -> None:
         super().check_inputs()

@@ -22,7 +22,7 @@ import pandas as pd
 
 from experiments.study.claims import ClaimsTable
 from experiments.study.folder import RunFolder, open_run
-from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of
+from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of, load_model
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
 from experiments.study.progress import no_bar, progress
 from experiments.study.result import FigureFiles, Result, Section
@@ -157,7 +157,7 @@ def run_study(
         prompts = study.prompts(options, model.protocol.question_suffix)
     plan = study.plan(options, model, prompts)
     parts = study.parts(plan)
-    recipe = None if handed_over else Recipe(_load, options.load_arguments(study.attention), prompts)
+    recipe = None if handed_over else Recipe(load_model, options.load_arguments(study.attention), prompts)
     bench = Workbench(model, prompts, recipe, bar=bar)
     identity = (study.identity or study_identity)(options, model, prompts)
     everyone = (*prompts.evaluation, *([] if prompts.evaluation else prompts.derivation))
@@ -170,12 +170,6 @@ def run_study(
             raise
         findings = study.conclude(plan, read_trials(folder, parts))
         return write_result(folder, findings, options, study.title, model.name)
-
-
-def _load(**arguments: Any) -> CodiModel:
-    from codi import load_codi
-
-    return load_codi(**arguments)
 
 
 def fill(

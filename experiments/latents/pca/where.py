@@ -160,7 +160,7 @@ def _followed(
     """Everything that is measured of one edit at latent k, each (prompt,)."""
     n, size = model.n_latents, len(unedited.thoughts)
     run, before = unedited.run, unedited.after
-    edit = AddDirection(direction, k, float(sign), part=part, model=model, prompts=unedited.thoughts.prefill)
+    edit = AddDirection(direction, k, float(sign), part=part)
     edited = model.rollout(unedited.thoughts.prefill, n, [edit], keep=("embeddings", "keys", "values", "cache"))
     assert edited.embeddings is not None
     slots = slots_of(edited, model)
