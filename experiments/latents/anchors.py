@@ -54,7 +54,7 @@ from experiments.statistics.effects import Selector, differences, levels, per_pr
 from experiments.statistics.sizes import Smallest
 from experiments.statistics.words import interval, p_text
 from experiments.study.claims import ClaimsTable
-from experiments.study.limits import limits
+from experiments.study.limits import least_flips
 from experiments.study.parts import Part
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
@@ -177,14 +177,15 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     over = f"{100 * plan.settings.level:g} % intervals over clusters"
     captions = {
         "importance": f"What resampling each latent does to the answer, and importance (other minus same key); {over}.",
-        "dependencies": "What hiding each source from each reader does to the answer and to the reader's own state; a "
-        "random prompt position is the control.",
+        "dependencies": "What hiding each source from each reader does to the answer and to the reader's own state. ○: "
+        "more than hiding a random prompt position does (q < 0.05), and beyond the size that matters.",
         "heads": "Which latents each head of the end-of-thought token looks at, the heads with the most attention to "
-        "latents.",
+        "latents. ○: the most, of a head that prefers the same latents in every prompt (q < 0.05) by more than the "
+        "wording makes of it.",
     }
     resampled = trials["resampling"]
     unedited = resampled[resampled["kind"] == "none"]
-    seen = limits(unedited.assign(correct=True, parsed=True), len(tables["importance_flip"]), plan.settings)
+    seen = least_flips(unedited, len(tables["importance_flip"]), plan.settings)
     return Findings(
         words(plan, tables, seen), tables, lambda: figures(tables, n), captions, claims_of(plan, tables, resampled)
     )
@@ -242,7 +243,7 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], seen: str) -> list[Sec
     return [
         Section(
             f"{int(first['n'])} prompts in {int(first['n_clusters'])} clusters; KL in nats, flips in points; "
-            f"{100 * plan.settings.level:g} % intervals over clusters. {seen.replace('a loss of', 'flips of')}".strip()
+            f"{100 * plan.settings.level:g} % intervals over clusters. {seen}"
         ),
         Section(_importance(tables, n), "Importance"),
         Section(

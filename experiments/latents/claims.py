@@ -43,8 +43,8 @@ def number_questions(change: Callable[[int], np.ndarray], level: Callable[[int],
         Question(
             name, statement, rule, change(k),
             above=MARGIN if k == 5 else None, absent=MARGIN if k == 6 else None, side="above",
-            bounds=(-level(k - 1), 1 - level(k - 1)), blocked=no_room(level(k - 1), "above", MARGIN),
-            mark="ceiling" if level(k) == 1 else "",
+            bounds=(-1, 1), room=(-level(k - 1), 1 - level(k - 1)), blocked=no_room(level(k - 1), "above", MARGIN),
+            mark="ceiling" if k == 5 and level(k) == 1 else "",  # an absence with room can show
         )
         for name, k, statement, rule in texts
     ]  # fmt: skip

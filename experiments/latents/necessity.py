@@ -233,7 +233,8 @@ def claims_of(plan: Plan, tables: Mapping[str, pd.DataFrame], trials: Trials) ->
                 change["lasts", place].to_numpy(),
                 absent=MARGIN,
                 side="below",
-                bounds=(-base, 1 - base),
+                bounds=(-1, 1),
+                room=(-base, 1 - base),
                 blocked=no_room(base, "below", MARGIN),
             )
         )

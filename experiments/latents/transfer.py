@@ -364,7 +364,8 @@ def claims_of(plan: Plan, tables: Mapping[str, pd.DataFrame], trials: pd.DataFra
                 above=None if absence else RECOVERED,
                 absent=RECOVERED if absence else None,
                 side="above",
-                bounds=(-chance, 1 - chance),
+                bounds=(-1, 1),
+                room=(-chance, 1 - chance),
                 blocked=blocked,
             )
         )

@@ -5,13 +5,14 @@ From the unedited answers alone, so that it stands whatever the edits did. Knows
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
 from experiments.statistics.floors import visibility
 from experiments.statistics.power import Design, against_baseline
 
-__all__ = ["limits"]
+__all__ = ["least_flips", "limits"]
 
 
 def limits(unedited: pd.DataFrame, comparisons: int, settings: Settings) -> str:
@@ -41,3 +42,16 @@ def limits(unedited: pd.DataFrame, comparisons: int, settings: Settings) -> str:
             f"p < {settings.alpha:g} after correction): {' or '.join(found)} points."
         )
     return " ".join(texts)
+
+
+def least_flips(unedited: pd.DataFrame, comparisons: int, settings: Settings) -> str:
+    """The same where any change of an answer counts, right or wrong; arguments as for `limits`."""
+    clusters, n = unedited["cluster"].to_numpy(), len(unedited)
+    design = Design.of(np.ones(n, bool), clusters, alpha=settings.alpha / 2, tests=comparisons)
+    number = against_baseline(design, "harm")
+    told = f"flips of {100 * number / n:.1f} points" if number is not None else "none: there are too few clusters"
+    return (
+        f"{100 * unedited['correct'].mean():.1f} % of the unedited answers are right. The smallest share of changed "
+        f"answers that one of {comparisons} comparisons could have told from none (p < {settings.alpha:g} after "
+        f"correction): {told}."
+    )
