@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerOptions",
+    "Bounds",
     "ControlOptions",
     "DrawOptions",
     "IntervalOptions",
@@ -145,16 +146,6 @@ class ModelOptions(Options):
         """The model; what loading left out or found otherwise is said on standard error."""
         return load_model(**self.load_arguments(attention))
 
-
-def load_model(**arguments: Any) -> CodiModel:
-    """The model that `ModelOptions.load_arguments` describes; its notes are said on standard error."""
-    from codi import load_codi
-
-    model = load_codi(**arguments)
-    for note in model.notes:
-        print(f"{model.name}: {note}", file=sys.stderr)
-    return model
-
     def check_inputs(self) -> None:
         super().check_inputs()
         if "/" not in self.model and not Path(self.model).expanduser().exists():  # a hub id is owner/name
@@ -168,6 +159,16 @@ def load_model(**arguments: Any) -> CodiModel:
         except (OSError, ValueError, AttributeError):  # no folder of ours, or a damaged one: loading it says so
             return None
         return number if isinstance(number, int) else None
+
+
+def load_model(**arguments: Any) -> CodiModel:
+    """The model that `ModelOptions.load_arguments` describes; its notes are said on standard error."""
+    from codi import load_codi
+
+    model = load_codi(**arguments)
+    for note in model.notes:
+        print(f"{model.name}: {note}", file=sys.stderr)
+    return model
 
 
 class Bounds(TypedDict):
