@@ -36,7 +36,8 @@ def test_planted_latents_are_needed_and_the_others_are_not(tmp_path: Path) -> No
     # keeping 2 and 4 alone is enough
     assert row_of(found.tables["levels"], replaced("mean", (1, 3, 5, 6)))["mean"] == 1
     verdicts = {claim.name: claim.verdict for claim in found.claims or ()}
-    assert verdicts["C4 (coordinate)"] == "held" and verdicts["C1 (jump)"] == "not held"
+    # no prompt is lost, but so few clusters cannot show that none would be: the bounds are exact
+    assert verdicts["C4 (coordinate)"] == "not held" and verdicts["C1 (jump)"] == "not held"
     assert sorted(p.name for p in (found.path / "figures").glob("*.png")) == ["necessity.png", "subsets.png"]
     assert Result.read(found.path).markdown() == found.text
 
