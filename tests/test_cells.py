@@ -35,7 +35,7 @@ FAST = Settings(resamples=300, permutations=300)
 def trials() -> pd.DataFrame:
     effects = {(1, 2, 1.0, 3): 0.8, (2, 3, -1.0, 2): -0.7}
     return simulate_trials(
-        pairs=6, latents=(2, 3), sizes=(0.5, 1.0), draws=20, prompts=60, clusters=30, effects=effects
+        pairs=6, latents=(2, 3), sizes=(0.5, 1.0), draws=40, prompts=60, clusters=30, effects=effects
     )
 
 
@@ -130,7 +130,7 @@ def test_real_effects_are_found_in_their_direction(cells: pd.DataFrame) -> None:
     unique = cells[~cells["mirrored"]]
     assert (unique["verdict"] == "none").sum() == len(unique) - 2
     assert one(cells, 1, 2, 1.0, 3).fwer_p < 0.05 and one(cells, 1, 2, 1.0, 3).random_rank == 1
-    assert one(cells, 2, 3, -1.0, 2).random_rank == 21
+    assert one(cells, 2, 3, -1.0, 2).random_rank == 41
     assert (unique["verdict_q"] >= unique["q"] - 1e-12).all()
 
 
@@ -196,7 +196,7 @@ def test_families_are_corrected_apart(trials: pd.DataFrame, cells: pd.DataFrame)
         pairs=6,
         latents=(2, 3),
         sizes=(0.5, 1.0),
-        draws=20,
+        draws=40,
         prompts=60,
         clusters=30,
         space="embedding",
@@ -337,7 +337,8 @@ def test_pure_noise_is_called_noise() -> None:
 
 def test_sign_symmetry() -> None:
     effects = {(1, 2, 1.0, 2): 0.8, (1, 2, -1.0, 2): 0.8, (1, 3, 1.0, 2): 0.8}
-    trials = simulate_trials(pairs=5, latents=(2,), sizes=(1.0,), prompts=80, clusters=40, flip=0.02, effects=effects)
+    shape: dict = {"pairs": 5, "latents": (2,), "sizes": (1.0,), "prompts": 80, "clusters": 40, "draws": 40}
+    trials = simulate_trials(**shape, flip=0.02, effects=effects)
     table = sign_symmetry(cell_statistics(trials, FAST))
     assert len(table) == 5
     assert table.loc[table["both_improve"], ["source", "target"]].to_numpy().tolist() == [[1, 2]]
@@ -353,7 +354,11 @@ def test_nothing_happens_anywhere() -> None:
     cells = result.cells
     assert not cells.drop(columns=[c for c in cells if c.startswith(("covariance", "shuffled"))]).isna().any().any()
     assert (cells[["p", "q", "fwer_p", "random_p", "random_t_p"]] == 1).all().all()
-    assert (cells["lower"] == 0).all() and (cells["upper"] == 0).all() and (cells["accuracy_lower"] == 1).all()
+    share = 1 - 0.025 ** (1 / 5)  # of five clusters none differs: exact bounds, and at a ceiling nothing can be gained
+    np.testing.assert_allclose(cells["lower"], -share)
+    assert (cells["upper"] == 0).all() and (cells["accuracy_upper"] == 1).all()
+    np.testing.assert_allclose(cells["accuracy_lower"], 1 - share)
+    assert set(result.visibility["mark"]) == {"ceiling"} and not result.power["can_survive"].any()
     assert (result.variance["share"] == 0).all()
     assert result.consistency["kendall_w"].isna().all()
 

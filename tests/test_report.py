@@ -13,7 +13,7 @@ from experiments.sweep import summary as report
 from experiments.sweep.analysis import Analysis, analyse
 
 FAST = Settings(resamples=200, permutations=200)
-SMALL: dict = {"pairs": 4, "latents": (2, 3), "sizes": (1.0,), "prompts": 60, "clusters": 30, "draws": 20}
+SMALL: dict = {"pairs": 4, "latents": (2, 3), "sizes": (1.0,), "prompts": 60, "clusters": 30, "draws": 40}
 
 
 def page(analysis: Analysis) -> str:

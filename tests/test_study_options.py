@@ -148,7 +148,7 @@ def test_identity_of_a_sweep_is_that_of_todays_manifest() -> None:
     from experiments.sweep.plan import resolve
 
     today = json.loads((DATA / "manifest_sweep.json").read_text(encoding="utf-8"))
-    identity = resolve(SweepOptions(), load_codi(ROOT / "checkpoints" / "tiny")).identity()
+    identity = resolve(SweepOptions(limit=200, draws=20), load_codi(ROOT / "checkpoints" / "tiny")).identity()
     assert fingerprint(identity) == today["fingerprint"]
 
 

@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 CORRECTED, FAMILY_WISE = 1, 2
-"""Levels of a mark: q below alpha; family-wise p below alpha too."""
+"""Levels of a mark: q below alpha alone; family-wise p below alpha, whatever q is (the procedures differ)."""
 MARKS = "○: differs after correction (q < 0.05)."
 """For the caption of a figure whose cells bear marks of the first level."""
 
@@ -149,7 +149,7 @@ def marks_legend(alpha: float, frames: bool = True) -> list[Any]:
     style: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 3.6, "mec": "black", "mew": 0.7}
     handles: list[Any] = [
         Line2D([], [], mfc="none", label=f"differs from the baseline, q < {alpha:g}", **style),
-        Line2D([], [], mfc="black", label=f"also family-wise p < {alpha:g}", **style),
+        Line2D([], [], mfc="black", label=f"family-wise p < {alpha:g}, whatever its q", **style),
     ]
     if frames:
         handles.append(Patch(fc="none", ec="black", lw=1.1, label="beyond baseline and random directions, corrected"))

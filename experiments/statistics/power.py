@@ -22,6 +22,7 @@ Arrays in, records and frames out. Knows nothing about sweeps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,9 +180,10 @@ def _without_each(extreme: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, n
 
 def detectable(
     values: np.ndarray,
-    design: Design,
+    design: Design | Sequence[Design],
     groups: np.ndarray,
     *,
+    which: np.ndarray | None = None,
     strata: np.ndarray | None = None,
     blocks: np.ndarray | None = None,
     pools: np.ndarray | None = None,
@@ -191,8 +193,10 @@ def detectable(
 
     Args:
         values: (cell, 1 + D) accuracies, column 0 the direction; D = 0 if no draws were run.
-        design: prompts, clusters, baseline, alpha and number of tests.
+        design: prompts, clusters, baseline, alpha and number of tests; several of them if cells have different
+            baselines (of one number of prompts, alpha and number of tests).
         groups: (cell,) |c|.
+        which: (cell,) which design each cell has; None: the first.
         strata, blocks, pools: as in `calibration`.
         apart: the maximum is taken within each group (`groups` of `maximum_p`).
 
@@ -205,38 +209,45 @@ def detectable(
         or wrong, would pass both).
     """
     values, groups = np.asarray(values, float), np.asarray(groups)
+    designs = [design] if isinstance(design, Design) else list(design)
+    own = np.zeros(len(values), int) if which is None else np.asarray(which)
+    n, alpha = designs[0].n, designs[0].alpha
+    baseline = np.array([one.baseline for one in designs])[own]
     draws = values.shape[1] - 1
     families = len(np.unique(groups)) if apart else 1
     records = []
     for tail in ("gain", "harm"):
         sign = 1.0 if tail == "gain" else -1.0
-        clusters = against_baseline(design, tail)
-        # One prompt per cluster is the least that flips a cluster.
-        base = np.nan if clusters is None else sign * clusters / design.n
+        clusters = np.array([_number(against_baseline(one, tail)) for one in designs])[own]
+        base = sign * clusters / n  # one prompt per cluster is the least that flips a cluster
         need = np.full(len(values), np.nan)
         if draws >= 2:
             accuracy = against_draws(
-                values, 1 / design.n, tail,
-                strata=strata, blocks=blocks, pools=pools, groups=groups if apart else None, alpha=design.alpha,
+                values, 1 / n, tail,
+                strata=strata, blocks=blocks, pools=pools, groups=groups if apart else None, alpha=alpha,
             )  # fmt: skip
-            need = accuracy - design.baseline
+            need = accuracy - baseline
         both = sign * np.maximum(sign * need, sign * base)
         for group in np.unique(groups):
             here = groups == group
             chosen = here if apart else np.ones(len(values), bool)
             codes = [None if c is None else np.asarray(c)[chosen] for c in (blocks, pools)]
             shared = int(pool_codes(codes[0], codes[1], int(chosen.sum()))[2].max())
-            needed = least_draws(design.alpha / families, shared=shared)
+            needed = least_draws(alpha / families, shared=shared)
             records.append({
                 "group": group, "tail": tail, "cells": int(here.sum()), "draws": draws,
                 "least_p": families * shared / (shared + draws), "needed": needed,
                 "can_survive": bool(draws >= needed and np.isfinite(both[here]).any()),
-                "baseline_clusters": np.nan if clusters is None else float(clusters), "baseline_points": base,
+                "baseline_clusters": _median(clusters[here], 1.0), "baseline_points": _median(base[here], sign),
                 "draws_points": _median(need[here], sign), "both_points": _median(both[here], sign),
                 "both_least": sign * np.nanmin(sign * both[here]) if np.isfinite(both[here]).any() else np.nan,
                 "passes": float(np.isfinite(both[here]).mean()),
             })  # fmt: skip
     return pd.DataFrame(records)
+
+
+def _number(clusters: int | None) -> float:
+    return np.nan if clusters is None else float(clusters)
 
 
 def _median(points: np.ndarray, sign: float) -> float:

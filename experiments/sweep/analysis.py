@@ -6,13 +6,15 @@ structure.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
 from experiments.study.edits.cells import cell_statistics, control_statistics
-from experiments.study.edits.pairing import families
+from experiments.study.edits.pairing import Family, families
+from experiments.study.edits.verdicts import judge_cells
 from experiments.sweep.structure import (
     marginal_effects,
     rank_consistency,
@@ -35,6 +37,12 @@ class Analysis:
     consistency: pd.DataFrame
     variance: pd.DataFrame
     symmetry: pd.DataFrame
+    evidence: pd.DataFrame
+    """What the verdicts rest on, one row per family and tail (study.edits.verdicts)."""
+    power: pd.DataFrame
+    """Smallest sizes that could have been found, one row per family, |c| and tail."""
+    visibility: pd.DataFrame
+    """What the baselines hide, one row per family and baseline."""
     settings: Settings
 
 
@@ -42,7 +50,8 @@ def analyse(trials: pd.DataFrame, settings: Settings | None = None) -> Analysis:
     """Every table from the trials; deterministic for given trials (in any row order) and settings."""
     settings = settings or Settings()
     paired = families(trials)
-    cells = cell_statistics(paired, settings)
+    verdicts = [judge_cells(family, settings) for family in paired]
+    cells = cell_statistics(paired, settings, verdicts=verdicts)
     return Analysis(
         cells=cells,
         controls=control_statistics(paired, settings),
@@ -51,5 +60,18 @@ def analyse(trials: pd.DataFrame, settings: Settings | None = None) -> Analysis:
         consistency=rank_consistency(paired, settings),
         variance=variance_shares(paired, settings),
         symmetry=sign_symmetry(cells),
+        evidence=_named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
+        power=_named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
+        visibility=_named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
         settings=settings,
     )
+
+
+def _named(paired: Sequence[Family], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all families in one, with the columns that name the family first."""
+    kept = [
+        pd.concat([pd.DataFrame([family.name] * len(table)), table], axis=1)
+        for family, table in zip(paired, tables, strict=True)
+        if len(table)
+    ]
+    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()

@@ -49,10 +49,10 @@ def _with_interval(text: str, low: float, high: float) -> str:
 
 
 def _level(cell: Any, alpha: float) -> int:
-    """Mark of a cell."""
-    if not (cell["q"] < alpha or cell["fwer_p"] < alpha):
-        return 0
-    return FAMILY_WISE if cell["fwer_p"] < alpha else CORRECTED
+    """Mark of a cell: its q is that of the gains or of the losses."""
+    if cell["fwer_p"] < alpha:
+        return FAMILY_WISE
+    return CORRECTED if min(cell["gain_q"], cell["loss_q"]) < alpha else 0
 
 
 def _bar(page: Page, view: View, left: float, top: float, height: float, cells: pd.DataFrame) -> None:
@@ -88,7 +88,8 @@ def _caption(view: View, size: float, differences: bool) -> str:
         f"Columns: the latent that is edited. In each cell the {shown} in "
     )
     if differences:
-        text += "points, its interval, and marks for corrected significance over all cells of this space and timing. "
+        text += "points, its interval, and marks for corrected significance over all cells of this space and timing "
+        text += "(q: false discovery rate, gains and losses apart). "
         text += "Below: baseline accuracy in %; controls: mean difference and range of 95 % of single draws."
     else:
         text += "%, its interval; colour: difference from the baseline of that column. "

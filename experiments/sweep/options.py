@@ -176,7 +176,7 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
     task: str | None = None  # type: ignore[assignment]  # None: by --legacy, see chosen_task
     prompts: Path | None = None
     """Evaluation prompts from this file; the same as --task FILE."""
-    limit: int | None = 200
+    limit: int | None = 150
     derivation: int = 256
     derivation_task: str | None = None
     """Derive directions from the prompts of this other task (a name, file, folder or hub id), so that every prompt of
@@ -208,7 +208,7 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
     coefficients: Annotated[_Several, tyro.conf.arg(metavar="C,…")] = ("-2", "-1", "-0.5", "0.5", "1", "2")
     """Signed multiples of one mean difference. 0 is the baseline and always computed."""
 
-    draws: int = 20
+    draws: int = 40  # +c and -c of a pair share them: 38 allow a family-wise p of 0.05, 2 more for families of draws
     batch_size: int | None = None  # type: ignore[assignment]  # None: what memory allows
     part_prompts: int = 16
     """Prompts in one part of the trial table: how much an interruption can cost."""
@@ -329,6 +329,9 @@ class StatsOptions(SettingOptions):
 
     run: tyro.conf.Positional[Path]
     """Run folder of `codi sweep` (it holds trials/part-*.parquet)."""
+    calibrate: bool = False
+    """Also try the rule behind the verdicts on the random draws alone, where nothing is to be found; the table is
+    printed and written as statistics/calibration.csv."""
 
     def check_inputs(self) -> None:
         super().check_inputs()

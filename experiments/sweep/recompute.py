@@ -19,18 +19,22 @@ from typing import Any
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
+from experiments.study.edits.pairing import families
 from experiments.study.edits.trials import read_trials
 from experiments.study.folder import RunFolder
 from experiments.study.options import command_line
 from experiments.study.result import FigureFiles, Result
 from experiments.sweep.analysis import Analysis, analyse
+from experiments.sweep.calibrate import calibration, calibration_section
 from experiments.sweep.options import SettingOptions, StatsOptions, SweepOptions, check_run
 from experiments.sweep.summary import figure_paths, sections, summary
 from experiments.sweep.views import captions, views
 
 __all__ = ["load_trials", "main", "report", "settings_of", "write"]
 
-TABLES = ("controls", "marginals", "correlations", "consistency", "variance", "symmetry")
+TABLES = (
+    "controls", "marginals", "correlations", "consistency", "variance", "symmetry", "evidence", "power", "visibility",
+)  # fmt: skip
 """Tables of an analysis beside its cells."""
 
 
@@ -98,7 +102,9 @@ def report(analysis: Analysis, run: Path) -> str:
         tables={"cells": analysis.cells, **{f"statistics/{name}": getattr(analysis, name) for name in TABLES}},
         figures=tuple(figures),
     ).write(folder.write)
-    return summary(analysis, run=run)
+    text = summary(analysis, run=run)
+    folder.write("summary.md", (text + "\n").encode())
+    return text
 
 
 def _command(config: Mapping[str, Any], run: Path) -> str:
@@ -118,6 +124,11 @@ def main(options: StatsOptions) -> None:
     analysis = analyse(trials, settings_of(options.run, options))
     write(analysis, options.run)
     print(report(analysis, options.run))
+    if options.calibrate:
+        table = calibration(families(trials), analysis.settings)
+        RunFolder(options.run).write_table("statistics/calibration", table)
+        section = calibration_section(table, analysis.settings.alpha)
+        print(f"\n## {section.heading}\n\n{section.text}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a run found, in words: a summary in Markdown, plain enough to print.
 
 What it does: `summary` turns the tables of `analysis.analyse` into a page: levels of the baseline and of the controls,
-best and worst cells with intervals and corrected p, how many cells survive correction in each direction, per space and
-timing. If nothing survives, it says so.
+best and worst cells with intervals and corrected p, how many cells survive which correction, what the same rule finds
+in random draws alone, and the smallest improvement and harm that could have been found, per space and timing.
 
 What it does not know: trials, models. Every number is read from the tables.
 
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.statistics.floors import best_places
+from experiments.statistics.power import power_words
 from experiments.statistics.words import p_number
 from experiments.study.edits.pairing import FAMILY
 from experiments.study.result import Section
@@ -33,6 +35,21 @@ CONTROL_NAMES = {
     "patch-scalar": "patch: scalar noise",
     "patch-coordinate": "patch: per coordinate",
     "patch-norm": "patch: norm-matched",
+}
+
+
+_WORDS = (
+    "A−B: the mean of latent A minus the mean of latent B; c: how many times it is added to the edited latent (−c is "
+    "B−A). Cell: one pair, latent and c. Cluster: prompts that share their numbers; intervals and tests take clusters, "
+    "not prompts, as independent. Random directions: of the same norm, at the same latent and |c|. Rank: place of a "
+    "cell among its random directions, 1 is best. q: p after control of the false discovery rate (Benjamini-Hochberg), "
+    "gains and losses in families of their own. Family-wise: p for any false cell at all among all cells. Beyond p: "
+    "family-wise p of a cell beyond the random directions, calibrated on these (maximum rule).",
+)
+_TIMING_WORDS = {
+    "cached": "Cached: all latents are computed, then one of them is edited.",
+    "continue": "Continue: one latent is edited, the later ones are computed on the edited past.",
+    "early-exit": "Early exit: thinking stops after the edited latent.",
 }
 
 
@@ -84,14 +101,16 @@ def summary(analysis: Analysis, run: Path | None = None, *, shown: int = 3) -> s
 
 
 def sections(analysis: Analysis, shown: int = 3) -> list[Section]:
-    """One section per family, with its name as heading.
+    """What the words mean, then one section per family, with its name as heading.
 
     Args:
         analysis: from `analysis.analyse`.
-        shown: how many of the best and worst cells to name per family.
+        shown: how many of the best and worst cells to name per family, at most.
     """
-    families = analysis.controls[list(FAMILY)].drop_duplicates().itertuples(index=False)
-    return [
+    families = list(analysis.controls[list(FAMILY)].drop_duplicates().itertuples(index=False))
+    timings = list(dict.fromkeys(timing for _, _, timing in families))
+    words = Section(" ".join([*_WORDS, *(_TIMING_WORDS[timing] for timing in timings)]), "Words")
+    return [words] + [
         Section("\n".join(_family(analysis, space, part, timing, shown)), family_name(space, part, timing))
         for space, part, timing in families
     ]
@@ -109,6 +128,7 @@ def _family(analysis: Analysis, space: str, part: str, timing: str, shown: int) 
     base = controls[controls["control"] == "none"]
     prompts, clusters = int(base["n"].max()), int(base["n_clusters"].max())
     lines = [f"{_count(prompts, 'prompt')} in {_count(clusters, 'cluster')}. Accuracy in %, {level} intervals."]
+    lines += _hidden(_of(analysis.visibility, space, part, timing))
     lines += ["", *_levels(controls, timing, level)]
     unique = cells[~cells["mirrored"].astype(bool)] if len(cells) else cells
     if unique.empty:
@@ -120,9 +140,9 @@ def _family(analysis: Analysis, space: str, part: str, timing: str, shown: int) 
         f"latents {_listed(unique['latent'])}, coefficients {_listed(unique['coefficient'])}. "
         "Corrections are over all of them.",
     ]
-    ranked = unique.sort_values(["difference", "p"], ascending=[False, True])
-    lines += ["", "Best:", *_named(ranked.head(shown)), "", "Worst:", *_named(ranked.tail(shown).iloc[::-1])]
-    lines += ["", *_survivors(unique, analysis.settings.alpha)]
+    lines += ["", *_extremes(unique, shown), ""]
+    evidence, power = (_of(table, space, part, timing) for table in (analysis.evidence, analysis.power))
+    lines += _survivors(unique, evidence, power, analysis.settings.alpha)
     lines += _structure(analysis, space, part, timing)
     unparsed = unique["unparsed"].sum() / unique["n"].sum()
     if unparsed > 0:
@@ -161,20 +181,49 @@ def _level(row: pd.Series, control: str) -> str:
     return f"{percent(row['accuracy'])} [{100 * row[lower]:.0f}, {100 * row[upper]:.0f}]"
 
 
+def _hidden(baselines: pd.DataFrame) -> list[str]:
+    """What floors and ceilings hide, before any number."""
+    lines = []
+    for text, alike in baselines[baselines["words"] != ""].groupby("words", sort=False) if len(baselines) else ():
+        latents = _listed(int(latent) for one in alike["latents"] for latent in one.split())
+        where = f"Latents {latents}: " if len(alike) < len(baselines) else ""
+        lines += ["", f"**{where}{text}**"]
+    return lines
+
+
+def _extremes(cells: pd.DataFrame, shown: int) -> list[str]:
+    """The best and the worst cells; ties are named whole or not at all."""
+    if len(cells) == 1:
+        return ["The only cell:", *_named(cells)]
+    values = cells["difference"].to_numpy()
+    lines = []
+    for title, highest in (("Best", True), ("Worst", False)):
+        places = best_places(values, highest=highest, most=shown)
+        if len(places):
+            lines += [f"{title}:", *_named(cells.iloc[places]), ""]
+            continue
+        extreme = values.max() if highest else values.min()
+        tied = int((values == extreme).sum())
+        lines += [f"{title}: none to name, {_count(tied, 'cell')} share {percent(extreme, sign=True)} points.", ""]
+    return lines[:-1]
+
+
 def _named(cells: pd.DataFrame) -> list[str]:
     lines = []
     for _, cell in cells.iterrows():
+        q = cell["gain_q"] if cell["difference"] > 0 else cell["loss_q"]
         text = (
             f"- {cell_name(cell)}: {percent(cell['accuracy'])} %, {percent(cell['difference'], sign=True)} points "
             f"[{percent(cell['lower'], sign=True)}, {percent(cell['upper'], sign=True)}] "
-            f"({cell['gained']} gained, {cell['lost']} lost; q {p_number(cell['q'])}, "
+            f"({cell['gained']} gained, {cell['lost']} lost; q {p_number(q)}, "
             f"family-wise p {p_number(cell['fwer_p'])}); "
         )
         if cell["random_draws"]:
+            beyond = cell["beyond_gain_p"] if cell["difference"] > 0 else cell["beyond_harm_p"]
             text += (
                 f"random {percent(cell['random_mean'])} % "
                 f"[{100 * cell['random_lower']:.0f}, {100 * cell['random_upper']:.0f}], "
-                f"rank {number(cell['random_rank'])} of {cell['random_draws'] + 1}"
+                f"rank {number(cell['random_rank'])} of {cell['random_draws'] + 1}, beyond p {p_number(beyond)}"
             )
         else:
             text += "no random draws"
@@ -182,29 +231,74 @@ def _named(cells: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _survivors(cells: pd.DataFrame, alpha: float) -> list[str]:
+def _survivors(cells: pd.DataFrame, evidence: pd.DataFrame, power: pd.DataFrame, alpha: float) -> list[str]:
+    """How many cells pass which procedure, what the same rule finds in nothing, and what could have been found."""
     up, down = cells["difference"] > 0, cells["difference"] < 0
-    counted = {}
-    for name, passed in (("q", cells["q"] < alpha), ("family", cells["fwer_p"] < alpha)):
-        counted[name] = (int((passed & up).sum()), int((passed & down).sum()))
-    better, worse = ((cells["verdict"] == verdict).sum() for verdict in ("improvement", "harm"))
+    wise = cells["fwer_p"] < alpha
+    gains, losses = ((cells[name] <= alpha).sum() for name in ("gain_q", "loss_q"))
     lines = [
-        f"- Against the baseline, false discovery rate {alpha:g}: {counted['q'][0]} better, {counted['q'][1]} worse; "
-        f"family-wise {alpha:g}: {counted['family'][0]} better, {counted['family'][1]} worse.",
+        f"- Against the baseline alone: by false discovery rate {alpha:g} (gains and losses corrected apart, each "
+        f"one-sided) {gains} better, {losses} worse; by family-wise {alpha:g} (two-sided maximum over all cells) "
+        f"{(wise & up).sum()} better, {(wise & down).sum()} worse. These are two procedures, and neither list need "
+        "contain the other.",
     ]
+    gain, harm = (evidence[evidence["tail"] == tail].iloc[0] for tail in ("gain", "harm"))
     if not cells["random_draws"].any():
         return [*lines, "- **No random directions were run, so no cell can be called an improvement or a harm.**"]
+    better, worse = ((cells["verdict"] == verdict).sum() for verdict in ("improvement", "harm"))
     lines.append(
-        f"- Against both the baseline and the random directions: **{_count(better, 'improvement')}, "
-        f"{_count(worse, 'harm')}** of {_count(len(cells), 'cell')}."
+        f"- Beyond both the baseline and the random directions, family-wise {alpha:g} for improvements and for harms: "
+        f"**{_count(better, 'improvement')}, {_count(worse, 'harm')}** of {_count(len(cells), 'cell')}"
+        f"{_different(gain, harm)}. {_nulls(gain, harm, alpha)}"
     )
+    lines.append("- All cells together: " + "; ".join(_together(row) for row in (harm, gain)) + ".")
+    if gain["least_p"] > alpha + 1e-12:
+        words = power_words(power.iloc[0], alpha).rstrip(".")
+        return [*lines, f"- **{words}.** That no cell survives says nothing about this run's edits."]
     if better + worse == 0:
         lines.append(
-            "- **Nothing survives correction**: no cell differs from both the baseline and its random directions."
+            "- **Nothing survives correction**: no cell differs from both the baseline and its random directions. What "
+            "this run could see:"
         )
     elif better == 0:
-        lines.append("- **No improvement survives correction.**")
+        lines.append("- **No improvement survives correction.** What this run could see:")
+    else:
+        lines.append("- What this run could see:")
+    for _, row in power.sort_values(["coefficient", "tail"], kind="stable").iterrows():
+        lines.append(f"  - |c| = {number(row['coefficient'])}: {power_words(row, alpha)}")
     return lines
+
+
+def _different(gain: pd.Series, harm: pd.Series) -> str:
+    """Effects instead of cells."""
+    parts = [
+        f"the {row['found']} {noun}s are {_count(int(row['effects']), 'different edit')}"
+        for row, noun in ((gain, "improvement"), (harm, "harm"))
+        if row["found"] > 1
+    ]
+    return f"; by the prompts that flip, {' and '.join(parts)}" if parts else ""
+
+
+def _nulls(gain: pd.Series, harm: pd.Series, alpha: float) -> str:
+    """What the same rule finds where there is nothing."""
+    if not gain["null_families"]:
+        return "There are too few draws to try the same rule on draws alone."
+    if gain["null_least_p"] > alpha + 1e-12:
+        return "With a draw in the place of each direction, too few others are left for the rule to find anything."
+    return (
+        f"With random draws in the place of the directions ({gain['null_families']} such families) the same rule finds "
+        f"an improvement in {gain['null_with_any']} (at most {gain['null_most']}) and a harm in "
+        f"{harm['null_with_any']} (at most {harm['null_most']})."
+    )
+
+
+def _together(row: pd.Series) -> str:
+    place = "last" if row["tail"] == "harm" else "first"
+    return (
+        f"{row['last']} rank {place} among their draws, {row['last_expected']:.1f} expected, "
+        f"{row['last_families_lower']} to {row['last_families_upper']} in families of random draws, "
+        f"p {p_number(row['last_p'])}"
+    )
 
 
 def _structure(analysis: Analysis, space: str, part: str, timing: str) -> list[str]:

@@ -8,24 +8,28 @@ What it does not know: models, prompts' wording, files, figures (heatmaps.py), s
 
 Intervals: bootstrap over clusters, the same weights for every cell of a family (statistics.clusters, the one rule).
 
-p-values against the baseline, all two-sided:
-    mcnemar_p   exact McNemar on the flips (gained against lost): prompts taken as independent.
-    p           exact sign-flip test on cluster sums of (edited - unsteered): the distribution of sum(+-|s_j|) over all
-                sign assignments, by convolution. Equals mcnemar_p when every cluster has one prompt.
-    q           Benjamini-Hochberg over the family, from p.
-    fwer_p      family-wise: step-down max-statistic (Westfall and Young 1993) over random sign flips of whole
-                clusters, the same flips for every cell, statistic |sum s_j| / sqrt(sum s_j^2).
+p-values against the baseline:
+    mcnemar_p       exact McNemar on the flips (gained against lost), two-sided: prompts taken as independent.
+    p               exact sign-flip test on cluster sums of (edited - unsteered), two-sided: the distribution of
+                    sum(+-|s_j|) over all sign assignments, by convolution. Equals mcnemar_p when every cluster has one
+                    prompt.
+    q               Benjamini-Hochberg over the family, from p: gains and losses in one family.
+    fwer_p          family-wise, two-sided: step-down max-statistic (Westfall and Young 1993) over random sign flips of
+                    whole clusters, the same flips for every cell, statistic |sum s_j| / sqrt(sum s_j^2).
+    gain_p, loss_p  one-sided halves of p; 1 on the other side.
+    gain_q, loss_q  Benjamini-Hochberg over the gains and over the losses of the family apart: many losses do not
+                    loosen the threshold for gains.
 
 p-values against the random directions of the same cell (same pair, latent and |c|; same prompts):
-    random_p    randomisation test, min(1, 2 min(1 + #draws at least as good, 1 + #draws at most as good) / (1 + D)):
-                exact, but never below 2 / (1 + D).
-    random_t_p  prediction test, t = (accuracy - mean of draws) / (s sqrt(1 + 1/D)) with D - 1 degrees of freedom, so
-                that 20 draws can be informative; s is the larger of the spread of the cell's own draws and the
-                spread pooled over the pairs at that latent and |c|, and never under half a prompt.
+    random_gain_p, random_harm_p   one-sided rank among the draws, not corrected.
+    beyond_gain_p, beyond_harm_p   one-sided and family-wise, by the maximum rule: verdicts.py.
+    random_p    two-sided rank, min(1, 2 min(1 + #draws at least as good, 1 + #draws at most as good) / (1 + D)).
+    random_t_p  prediction test, t = (accuracy - mean of draws) / (s sqrt(1 + 1/D)). It takes draws for normal, which
+                they are not (skewed to the left): no verdict rests on it, it stands for comparison with older tables.
 
-A cell is an improvement (harm) only if it is better (worse) than both the baseline and its random directions after
-correction: BH over the family of max(p, random_t_p) is under alpha (hence q < alpha too), and random_p is under
-max(alpha, 2 / (1 + D)), that is, with 20 draws the cell lies outside all of them.
+Verdicts are made in verdicts.py: at most alpha against the baseline (gain_q, loss_q) and against the random directions
+(beyond_gain_p, beyond_harm_p). verdict_q is the larger of the two on the side on which the cell lies. `effect` numbers
+the different edits behind the improvements, and behind the harms, by the overlap of the prompts that flip.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.statistics.clusters import Settings, bootstrap_interval, expanded_percentile
+from experiments.statistics.clusters import Settings, cluster_interval, expanded_percentile
 from experiments.statistics.paired import (
     AgainstDraws,
     against_draws,
@@ -46,6 +50,7 @@ from experiments.statistics.paired import (
     sign_flip_p,
 )
 from experiments.study.edits.pairing import FAMILY, Family, as_families, mirror
+from experiments.study.edits.verdicts import VERDICT_COLUMNS, Verdicts, judge_cells
 from lm.terms import PAIR_CONTROLS, PATCH_CONTROLS
 
 __all__ = ["CELL_COLUMNS", "cell_statistics", "control_statistics"]
@@ -56,7 +61,7 @@ CELL_COLUMNS = (
     "gained", "lost", "n", "n_clusters", "unparsed", "applied_norm", "mcnemar_p", "p", "q", "fwer_p",
     *(f"{control}_{what}" for control in PAIR_CONTROLS
       for what in ("mean", "lower", "upper", "rank", "p", "t_p", "draws")),
-    "over_random", "over_random_lower", "over_random_upper", "verdict_q", "verdict",
+    "over_random", "over_random_lower", "over_random_upper", "verdict_q", "verdict", *VERDICT_COLUMNS,
 )  # fmt: skip
 
 
@@ -67,13 +72,18 @@ def _stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 
 def cell_statistics(
-    trials: pd.DataFrame | Sequence[Family], settings: Settings | None = None, *, mirrored: bool = True
+    trials: pd.DataFrame | Sequence[Family],
+    settings: Settings | None = None,
+    *,
+    mirrored: bool = True,
+    verdicts: Sequence[Verdicts] | None = None,
 ) -> pd.DataFrame:
     """One row per direction cell: effect against the baseline and against the random directions, corrected.
 
     Args:
         trials: the trial table, or the result of `families` on it.
         mirrored: also give each cell under its other name (B, A, -c); such rows have `mirrored` True.
+        verdicts: of the families, if they are known already; a mirror has the tails and the effect of its cell.
 
     Returns:
         CELL_COLUMNS. Accuracies, differences and their bounds are fractions. `gained`/`lost`: prompts that became
@@ -84,7 +94,9 @@ def cell_statistics(
         corrected over the unique cells of the family (space, part, timing). `verdict`: "improvement", "harm", "none".
     """
     settings = settings or Settings()
-    frames = [_family_cells(family, settings) for family in as_families(trials)]
+    paired = as_families(trials)
+    known = verdicts if verdicts is not None else [judge_cells(family, settings) for family in paired]
+    frames = [_family_cells(family, judged, settings) for family, judged in zip(paired, known, strict=True)]
     cells = _stack(frames)
     if cells.empty:
         return pd.DataFrame(columns=list(CELL_COLUMNS))
@@ -96,7 +108,7 @@ def cell_statistics(
     return cells[list(CELL_COLUMNS)].sort_values(keys, ignore_index=True)
 
 
-def _family_cells(family: Family, settings: Settings) -> pd.DataFrame:
+def _family_cells(family: Family, judged: Verdicts, settings: Settings) -> pd.DataFrame:
     rows = family.of("direction")
     cells = family.conditions.iloc[rows].reset_index(drop=True)
     for column, value in family.name.items():
@@ -106,8 +118,13 @@ def _family_cells(family: Family, settings: Settings) -> pd.DataFrame:
         return cells.reindex(columns=list(CELL_COLUMNS))
     weights = family.weights(settings)
     sums, counts = family.differences[rows], family.counts[rows]
-    cells["lower"], cells["upper"] = bootstrap_interval(sums, counts, weights=weights, level=settings.level)
-    cells["accuracy_lower"], cells["accuracy_upper"] = bootstrap_interval(
+    base = cells["baseline"].to_numpy()
+    several = (counts > 0).sum(1) > 1  # of one cluster the baseline says nothing either
+    bounds = (np.where(several, -base, -1.0), np.where(several, 1 - base, 1.0))
+    cells["lower"], cells["upper"] = cluster_interval(
+        sums, counts, weights=weights, level=settings.level, bounds=bounds
+    )
+    cells["accuracy_lower"], cells["accuracy_upper"] = cluster_interval(
         family.correct[rows], counts, weights=weights, level=settings.level, bounds=(0.0, 1.0)
     )
     cells["mcnemar_p"] = mcnemar_p(cells["gained"].to_numpy(), cells["lost"].to_numpy())
@@ -119,35 +136,14 @@ def _family_cells(family: Family, settings: Settings) -> pd.DataFrame:
             cells[f"{control}_{column}"] = values
     over, lower, upper = _over_draws(family, rows, "random", weights, settings)
     cells["over_random"], cells["over_random_lower"], cells["over_random_upper"] = over, lower, upper
-    cells["verdict_q"], cells["verdict"] = _verdicts(cells, settings.alpha)
-    return cells
-
-
-def _draw_groups(family: Family, rows: np.ndarray, control: str) -> list[np.ndarray]:
-    """For each direction cell, the rows of its control draws: same pair (or draws pooled over pairs), latent, |c| and
-    the same prompts."""
-    columns = ["source", "target", "latent", "n_latents"]
-    draws = family.of(control)
-    table = family.conditions
-    groups: dict[tuple, list[int]] = {}
-    keys = zip(*(table[column].to_numpy()[draws] for column in columns), strict=True)
-    for row, key, size in zip(draws, keys, table["coefficient"].to_numpy()[draws], strict=True):
-        groups.setdefault((*key, round(float(size), 9)), []).append(row)
-    found = []
-    keys = zip(*(table[column].to_numpy()[rows] for column in columns), strict=True)
-    for row, key, size in zip(rows, keys, table["coefficient"].to_numpy()[rows], strict=True):
-        size = round(abs(float(size)), 9)
-        shared = (0, 0, *key[2:], size)  # pooled draws belong to no pair: they serve those without own ones
-        members = np.array(groups.get((*key, size)) or groups.get(shared, []), int)
-        found.append(members[family.prompts_key[members] == family.prompts_key[row]])
-    return found
+    return cells.assign(**judged.columns)
 
 
 def _against_draws(family: Family, rows: np.ndarray, control: str, settings: Settings) -> AgainstDraws:
     """Direction cells beside their draws; the spread is pooled over the pairs at one latent and |c|."""
     table = family.conditions
     accuracy = table["accuracy"].to_numpy()
-    groups = _draw_groups(family, rows, control)
+    groups = family.draws_of(rows, control)
     pools = [
         (int(latent), int(n), round(abs(float(size)), 9))
         for latent, n, size in table.iloc[rows][["latent", "n_latents", "coefficient"]].itertuples(index=False)
@@ -166,28 +162,15 @@ def _over_draws(
     family: Family, rows: np.ndarray, control: str, weights: np.ndarray, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Accuracy minus the mean accuracy of the control draws, with a clustered interval; NaN without draws."""
-    groups = _draw_groups(family, rows, control)
+    groups = family.draws_of(rows, control)
     estimate, lower, upper = (np.full(len(rows), np.nan) for _ in range(3))
     have = np.array([cell for cell, group in enumerate(groups) if len(group)], int)
     if have.size:
         level = np.stack([family.correct[groups[cell]].mean(0) for cell in have])
         sums, counts = family.correct[rows[have]] - level, family.counts[rows[have]]
         estimate[have] = sums.sum(1) / counts.sum(1)
-        lower[have], upper[have] = bootstrap_interval(sums, counts, weights=weights, level=settings.level)
+        lower[have], upper[have] = cluster_interval(sums, counts, weights=weights, level=settings.level)
     return estimate, lower, upper
-
-
-def _verdicts(cells: pd.DataFrame, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Beats both: the larger p of the two comparisons is a p-value of "no better than one of them"; BH over those."""
-    both = np.fmax(cells["p"].to_numpy(), cells["random_t_p"].to_numpy())
-    both[cells["random_t_p"].isna()] = 1.0  # nothing to beat, no claim
-    verdict_q = benjamini_hochberg(both)
-    floor = 2 / (1 + cells["random_draws"].to_numpy())
-    counted = (verdict_q < alpha) & (cells["random_p"].to_numpy() <= np.maximum(alpha, floor) + 1e-12)
-    up = (cells["difference"] > 0) & (cells["accuracy"] > cells["random_mean"])
-    down = (cells["difference"] < 0) & (cells["accuracy"] < cells["random_mean"])
-    verdict = np.where(counted & up, "improvement", np.where(counted & down, "harm", "none"))
-    return np.where(cells["random_t_p"].isna(), np.nan, verdict_q), verdict
 
 
 def control_statistics(trials: pd.DataFrame | Sequence[Family], settings: Settings | None = None) -> pd.DataFrame:
@@ -221,7 +204,7 @@ def _baseline_records(family: Family, weights: np.ndarray, settings: Settings) -
         rows = np.flatnonzero(table["latent"].to_numpy() == latent)
         rows = rows[[int(family.counts[rows].sum(1).argmax())]]  # the condition that saw most prompts
         sums, counts = family.baseline_correct[rows], family.counts[rows]
-        lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=(0.0, 1.0))
+        lower, upper = cluster_interval(sums, counts, weights=weights, level=settings.level, bounds=(0.0, 1.0))
         accuracy = float(sums.sum() / counts.sum())
         records.append(
             {

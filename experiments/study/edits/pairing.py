@@ -45,7 +45,8 @@ class Family:
 
     `conditions` has one row per edit, control draws included (columns control, source, target, coefficient, draw,
     latent, n_latents, n, n_clusters, accuracy, baseline, difference, gained, lost, unparsed, applied_norm); rows of
-    direction cells are unique (source < target). The arrays are (condition, cluster), in the order of its rows.
+    direction cells are unique (source < target). Sums are (condition, cluster), in the order of its rows; answers of
+    single prompts are 1 (right), 0 (wrong) or -1 (not there), prompts in the order of their clusters.
     """
 
     space: str
@@ -57,6 +58,11 @@ class Family:
     counts: np.ndarray  # prompts
     prompts_key: np.ndarray  # (condition,) which set of prompts it saw: equal keys, equal sets
     clusters: np.ndarray  # names, sorted
+    answers: np.ndarray  # (condition, prompt) int8
+    baselines: np.ndarray  # (baseline, prompt) int8, unsteered answers
+    parsed: np.ndarray  # (baseline, prompt) int8, whether they hold a number
+    baseline_of: np.ndarray  # (condition,) row of `baselines`
+    prompt_cluster: np.ndarray  # (prompt,) number of its cluster
 
     @property
     def name(self) -> dict[str, str]:
@@ -71,6 +77,24 @@ class Family:
     def of(self, *controls: str) -> np.ndarray:
         """Row numbers of the conditions with one of these controls."""
         return np.flatnonzero(self.conditions["control"].isin(controls).to_numpy())
+
+    def draws_of(self, rows: np.ndarray, control: str) -> list[np.ndarray]:
+        """For each of some direction cells, the rows of its control draws: same pair (or draws pooled over pairs),
+        latent, |c| and the same prompts."""
+        columns = ["source", "target", "latent", "n_latents"]
+        draws, table = self.of(control), self.conditions
+        groups: dict[tuple, list[int]] = {}
+        keys = zip(*(table[column].to_numpy()[draws] for column in columns), strict=True)
+        for row, key, size in zip(draws, keys, table["coefficient"].to_numpy()[draws], strict=True):
+            groups.setdefault((*key, round(float(size), 9)), []).append(row)
+        found = []
+        keys = zip(*(table[column].to_numpy()[rows] for column in columns), strict=True)
+        for row, key, size in zip(rows, keys, table["coefficient"].to_numpy()[rows], strict=True):
+            size = round(abs(float(size)), 9)
+            shared = (0, 0, *key[2:], size)  # pooled draws belong to no pair: they serve those without own ones
+            members = np.array(groups.get((*key, size)) or groups.get(shared, []), int)
+            found.append(members[self.prompts_key[members] == self.prompts_key[row]])
+        return found
 
     def weights(self, settings: Settings) -> np.ndarray:
         """(resample, cluster) weights, the same for every cell of the family."""
@@ -149,6 +173,8 @@ def _pair(space: str, part: str, timing: str, rows: pd.DataFrame, baselines: pd.
     base = _dense(keys.ngroup().to_numpy(), base_prompts, baselines["correct"], len(base_keys), len(prompt_ids))
     if base is None:
         raise ValueError(f"{where}: the baseline of a prompt is there more than once")
+    parsed = _dense(keys.ngroup().to_numpy(), base_prompts, baselines["parsed"], len(base_keys), len(prompt_ids))
+    assert parsed is not None
 
     rows, index, conditions = _unique_edits(rows, where)
     prompts = places[rows["prompt_id"].cat.codes]
@@ -158,15 +184,20 @@ def _pair(space: str, part: str, timing: str, rows: pd.DataFrame, baselines: pd.
     correct = _dense(index, prompts, rows["correct"], len(conditions), len(prompt_ids))
     if correct is None:
         raise ValueError(f"{where}: a prompt appears twice in one condition")
-    base = base[_matching_baseline(conditions, base_keys, where)]
-    lacking = (correct >= 0) & (base < 0)
+    baseline_of = _matching_baseline(conditions, base_keys, where)
+    before = base[baseline_of]
+    lacking = (correct >= 0) & (before < 0)
     if lacking.any():
         cell, prompt = np.argwhere(lacking)[0]
         latent = conditions["latent"].iloc[cell]
         raise ValueError(f"{where}: prompt {prompt_ids[prompt]!r} has no baseline at latent {latent}")
-    (differences, right, counts), flips, prompts_key = _sums(correct, base, starts)
+    (differences, right, counts), flips, prompts_key = _sums(correct, before, starts)
     _describe(conditions, (differences, right, counts), flips, rows, index)
-    return Family(space, part, timing, conditions, differences, right, counts, prompts_key, cluster_names)
+    sizes = np.diff(np.r_[starts, len(prompt_ids)])
+    return Family(
+        space, part, timing, conditions, differences, right, counts, prompts_key, cluster_names, correct, base, parsed,
+        baseline_of, np.repeat(np.arange(len(starts)), sizes),
+    )  # fmt: skip
 
 
 def _prompts(baselines: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
