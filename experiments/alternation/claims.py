@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.alternation.hypothesis import Measure
 from experiments.alternation.measures import DIRECTION_RESAMPLES, Observations, detection, steps_of
-from experiments.alternation.verdict import Profile, Result, analyse, contrast_weights
+from experiments.alternation.verdict import Result
+from experiments.statistics.alternation import Profile, alternation, contrast_weights
 from experiments.statistics.clusters import (
     Estimate,
     Settings,
@@ -28,6 +28,7 @@ from experiments.statistics.clusters import (
     expanded_percentile,
     interval_of,
 )
+from experiments.statistics.equivalence import judge_absence
 from experiments.study.claims import Claim, ClaimsTable, Verdict, judge
 
 __all__ = ["published_claims"]
@@ -93,7 +94,7 @@ def _claim(
 
 
 def _numbers(row: pd.Series) -> dict[str, Any]:
-    """The fields of a claim from a row of `Result.tests`."""
+    """The fields of a claim from a row of `alternation`."""
     return {
         "estimate": float(row["contrast"]), "lower": float(row["lower"]), "upper": float(row["upper"]),
         "n": int(row["n"]), "n_clusters": int(row["n_clusters"]),
@@ -110,6 +111,7 @@ def published_claims(
     *,
     therefore: Sequence[int] = (),
     d_model: int = 0,
+    suffix: str = "",
 ) -> ClaimsTable:
     """C1, C2, S1, S2, S3 and S7 of the published claims, by the observations at hand.
 
@@ -118,6 +120,7 @@ def published_claims(
         result: of `analyse` on the same observations.
         therefore: token ids of the word family "therefore"; none: S3 is not testable.
         d_model: width of the states, for what a random direction would give.
+        suffix: put behind every name, for a task beside others.
     """
     settings, n = result.settings, observations.n_latents
     interval = _Interval(observations.clusters, settings)
@@ -143,7 +146,7 @@ def published_claims(
     table.add(_untestable("S2", statement, "needs trained lenses: codi lens transfer"))
     _therefore_claims(table, observations, interval, therefore)
     _component_claims(table, observations, result, d_model)
-    return table
+    return ClaimsTable(dataclasses.replace(claim, name=f"{claim.name}{suffix}") for claim in table)
 
 
 def _accuracy_claims(table: ClaimsTable, observations: Observations, interval: _Interval) -> None:
@@ -238,23 +241,25 @@ def _component_claims(table: ClaimsTable, observations: Observations, result: Re
         table.add(_untestable("S7 latents", statement, "the components were not tested"))
     else:
         row = tested.iloc[0]
+        says: dict[str, Verdict] = {"supported": "held", "undecided": "undecided"}
         table.add(Claim(
             "S7 latents", statement, "contrast in the plane (SD); held if the measure “components” is supported",
-            "held" if row["verdict"] == "supported" else "not held", **_numbers(row),
-            note=f"{row['verdict']}: {row['reason']}",
+            says.get(row["verdict"], "not held"), **_numbers(row), note=f"{row['answer']}: {row['reason']}",
         ))  # fmt: skip
-    slots = {"keys": reference.keys, "values": reference.values}
-    measure = Measure("slots", "", "SD in the plane", 1, 0.5, False, "")
-    for name, latents in slots.items():
+    size = 0.5 if tested.empty else float(tested.iloc[0]["smallest"])
+    for name, latents in {"keys": reference.keys, "values": reference.values}.items():
         statement = f"the first two components of cached {name} show no even/odd pattern"
         if latents is None:
             table.add(_untestable(f"S7 {name}", statement, "cache entries were not kept"))
             continue
         apart = np.einsum("k,pkc->c", contrast_weights(observations.n_latents), latents)
         direction = apart / (np.linalg.norm(apart) or 1.0)
-        found = analyse([Profile(measure, latents, direction, reference.clusters)], settings).tests.iloc[0]
+        profile = Profile("slots", latents, 1, size, direction=direction)
+        found = alternation([profile], reference.clusters, settings).iloc[0]
+        judgement = judge_absence(found["lower"], found["upper"], size)
         split = f"split {', '.join(found['best_split'])} explains most; even/odd is number {found['split_rank']}"
         table.add(Claim(
-            f"S7 {name}", statement, "contrast in the plane (SD); held unless even/odd is specific and 0.5 SD or more",
-            "not held" if found["verdict"] == "supported" else "held", **_numbers(found), note=split,
+            f"S7 {name}", statement,
+            f"contrast in the plane (SD), along the direction in which it is largest; held if within {size:.3g}",
+            judgement.verdict, **_numbers(found), note=f"{judgement.reason}; {split}",
         ))  # fmt: skip

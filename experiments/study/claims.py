@@ -21,8 +21,8 @@ import pandas as pd
 
 __all__ = ["VERDICTS", "Claim", "ClaimsTable", "Verdict", "effect_claim", "judge"]
 
-Verdict = Literal["held", "not held", "not testable"]
-VERDICTS: tuple[Verdict, ...] = ("held", "not held", "not testable")
+Verdict = Literal["held", "not held", "undecided", "not testable"]
+VERDICTS: tuple[Verdict, ...] = ("held", "not held", "undecided", "not testable")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Claim:
         name: short name, such as "C1" or "S7 (KV)"; unique in its table.
         statement: what was claimed, in this project's notation.
         measured: what the number is, and the rule by which it decides.
-        verdict: "held", "not held" or "not testable" (for the model and data at hand).
+        verdict: "held", "not held", "undecided" (at this power) or "not testable" (for the model and data at hand).
         estimate, lower, upper: the number and its interval; NaN where there is none.
         n, n_clusters: prompts and independent clusters behind the number.
         note: why it could not be tested, or what else a reader should know.

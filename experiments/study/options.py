@@ -146,6 +146,8 @@ class TaskOptions(Options):
 
     AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 1}
     LATER: ClassVar[frozenset[str]] = frozenset({"reach"})
+    TASK_WORDS: ClassVar[tuple[str, ...]] = ()
+    """Words that a command takes as a task beside those that every command takes."""
 
     task: str = "templates"
     """Evaluation prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
@@ -180,7 +182,8 @@ class TaskOptions(Options):
     def check_inputs(self) -> None:
         super().check_inputs()
         hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", self.task)
-        if self.task not in TASK_NAMES and not hub_id and not Path(self.task).exists():
+        known = self.task in (*TASK_NAMES, *self.TASK_WORDS)
+        if not known and not hub_id and not Path(self.task).exists():
             from experiments.tasks.readers import TASK_HELP
 
             raise ValueError(f"unknown task {self.task!r}: no such file or folder; {TASK_HELP}")
