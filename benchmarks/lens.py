@@ -44,7 +44,8 @@ def load(name: str | None, device: str | None) -> CodiModel:
     """The model to measure."""
     if name or TINY.is_dir():
         return load_codi(name or TINY, device=device)
-    from experiments.train import Resolved, build_model
+    from experiments.train.model import build_model
+    from experiments.train.options import Resolved
 
     torch.manual_seed(0)
     return build_model(Resolved(), "sdpa")[0]

@@ -26,6 +26,7 @@ import torch
 
 from codi import branches
 from experiments.sweep import run as sweep
+from experiments.sweep.options import SweepOptions
 from lm.terms import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ ENGINES: tuple[Engine, ...] = ("shared", "clones")
 
 def timed(engine: Engine, limit: int, out: Path) -> tuple[float, pd.DataFrame]:
     """Wall time (s) of one sweep with an engine, and its trials in a fixed order."""
-    config = sweep.SweepConfig(model=str(ROOT / "checkpoints" / "tiny"), limit=limit, out=out)
+    config = SweepOptions(model=str(ROOT / "checkpoints" / "tiny"), limit=limit, out=out)
     decode = functools.partial(branches.decode_branches, engine=engine)
     began = time.perf_counter()
     with mock.patch.object(branches, "decode_branches", decode), contextlib.redirect_stdout(io.StringIO()):

@@ -33,13 +33,16 @@ from typing import TYPE_CHECKING
 from lm.lazy import exports
 
 if TYPE_CHECKING:
-    from codi.checkpoint import KNOWN, CheckpointError, load_codi, save_checkpoint
+    from codi.checkpoint import load_codi, save_checkpoint
     from codi.decode import decode_answers
     from codi.forced import divergence
+    from codi.interventions import Intervention
+    from codi.layout import CheckpointError
     from codi.model import CodiModel
     from codi.parts import Parts, Projection
+    from codi.places import KNOWN
     from codi.protocol import Protocol, UserError
-    from codi.rollout import Intervention, LatentRollout, Prefill
+    from codi.rollout import LatentRollout, Prefill
     from lm.text import EncodedBatch
 
 __version__ = "0.1.0"
@@ -66,11 +69,11 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "KNOWN": "codi.checkpoint",
-        "CheckpointError": "codi.weights",
+        "KNOWN": "codi.places",
+        "CheckpointError": "codi.layout",
         "CodiModel": "codi.model",
         "EncodedBatch": "lm.text",
-        "Intervention": "codi.rollout",
+        "Intervention": "codi.interventions",
         "LatentRollout": "codi.rollout",
         "Parts": "codi.parts",
         "Prefill": "codi.rollout",

@@ -12,194 +12,94 @@ the configuration and the tokenizer are read. A folder may carry a `codi.json` (
     {"base": "base", "protocol": {…}, "lora_r": 64, "lora_alpha": 16, "n_latents": 6, "prj_dim": 192}
 
 whose paths are relative to the folder. A SIM-CoT checkpoint may carry the decoder that its training read latents with
-(`decoder.…`, `pj_in.…`, `pj_out.…`); a rollout does not use it and it is left out. Nothing else is:
-loading is strict, and no pickled code is ever run (weights.py, which reads them; lora.py keeps LoRA apart).
+(`decoder.…`, `pj_in.…`, `pj_out.…`); a rollout does not use it and it is left out. An adapter_config.json beside the
+weights is honoured (adapter.py). What else may be left out or otherwise is listed in `model.notes`; apart from that
+loading is strict, and no pickled code is ever run (weights.py reads files, layout.py knows keys, lora.py keeps LoRA
+apart, places.py finds folders).
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from codi.adapter import ADAPTER_CONFIG, Adapter, read_adapter
+from codi.layout import (
+    WRAPPER,
+    Layout,
+    check_keys,
+    drop_old_buffers,
+    find_layout,
+    merged_weights,
+    projection_shapes,
+    tied_names,
+    untie,
+)
 from codi.lora import attach_lora
 from codi.model import CodiModel
 from codi.parts import Projection
+from codi.places import BASE_FOLDER, PUBLISHED_ALPHA, PUBLISHED_R, Place, locate
 from codi.protocol import FAMILIES, PROTOCOL_TOKENS, Protocol, UserError, answer_only, original
-from codi.weights import (
-    PRJ_KEYS,
-    WRAPPER,
-    CheckpointError,
-    Layout,
-    check_keys,
-    find_layout,
-    hash_files,
-    merged_weights,
-    projection_shapes,
-    read_weights,
-    tied_names,
-    untie,
-    weight_files,
-)
+from codi.weights import hash_files, read_object, read_state, refuse_pointer, weight_files
 from lm.forward import feed
-from lm.terms import DTYPES, Attention, Dtype, Mask, Rope
+from lm.terms import DTYPES, Attention, ControlText, Dtype, Mask, Rope
 
-__all__ = ["KNOWN", "CheckpointError", "KnownCheckpoint", "load_codi", "reference_state", "save_checkpoint"]
+__all__ = ["load_codi", "reference_state", "save_checkpoint"]
 
-PUBLISHED_R, PUBLISHED_ALPHA = 128, 32
-CHECKPOINT, BASE = "checkpoint", "base model"
-CHECKPOINTS, BASE_FOLDER = "checkpoints", "base"
 AUXILIARY = ("decoder.", "pj_in.", "pj_out.")  # SIM-CoT's decoder of latents: used in its training, never in a rollout
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model")
-BASE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
-
-
-@dataclass(frozen=True)
-class KnownCheckpoint:
-    """What a published checkpoint does not say about itself."""
-
-    protocol: str
-    base: str
-    lora_r: int = PUBLISHED_R
-    lora_alpha: float = PUBLISHED_ALPHA
-    mirrors: tuple[str, ...] = field(default=())
-
-
-KNOWN = {
-    "zen-E/CODI-llama3.2-1b-Instruct": KnownCheckpoint(
-        "original", "meta-llama/Llama-3.2-1B-Instruct", mirrors=("unsloth/Llama-3.2-1B-Instruct",)
-    ),
-    "zen-E/CODI-gpt2": KnownCheckpoint("original", "openai-community/gpt2", mirrors=("gpt2",)),
-    "bcywinski/codi_llama1b-answer_only": KnownCheckpoint(
-        "answer-only", "meta-llama/Llama-3.2-1B-Instruct", mirrors=("unsloth/Llama-3.2-1B-Instruct",)
-    ),
-}
-"""Published checkpoints by hub id; a folder with the same last name is taken for a copy of it."""
-
-
-# --- Where things are -------------------------------------------------------------------------------------------------
-
-
-def _known(name: str) -> KnownCheckpoint | None:
-    last = Path(name).name
-    return next((known for hub_id, known in KNOWN.items() if name == hub_id or last == hub_id.split("/")[1]), None)
-
-
-def _is_hub_id(name: str, what: str) -> bool:
-    """Whether a name that is no folder can be a hub id: owner/name, for a base model also a bare name such as gpt2."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
-        return False
-    if "/" not in name:
-        return what != CHECKPOINT
-    owner = name.split("/")[0]
-    return owner != CHECKPOINTS and not Path(owner).is_dir()
-
-
-def _find(
-    name: str | Path, what: str, patterns: Sequence[str], mirrors: Sequence[str] = (), needs: str | None = None
-) -> Path:
-    """Folder of a checkpoint or base model: a folder is used as it is, a hub id is downloaded."""
-    text = str(name)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(f"{what} {text} is a file; give the folder that holds it")
-    if not _is_hub_id(text, what):
-        raise UserError(f"{what} {text} does not exist: give a folder or a hub id such as {next(iter(KNOWN))}")
-    place = f"{CHECKPOINTS}/{text.rsplit('/', 1)[-1]}"
-    option = "give that folder" if what == CHECKPOINT else f"give base={place}"
-    other = f" ({' or '.join(mirrors)} has the same files)" if mirrors else ""
-    if needs is not None:
-        option += f", with base= its base model {needs}, got in the same way"
-    try:
-        return Path(snapshot_download(text, allow_patterns=list(patterns)))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{what} {text} is gated on the Hugging Face hub: accept its licence and log in{other}, "
-            f"or download it to {place} and {option}"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{what} {text} is neither a folder here nor on the Hugging Face hub") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"{what} {text} is not a folder here and the Hugging Face hub cannot be reached: on a machine with a "
-            f"connection run 'hf download {text} --local-dir {place}'{other}, copy it to {place} here and {option}"
-        ) from error
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "codi.json"
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold one JSON object")
-    return settings
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a checkpoint and its base model are, and what the checkpoint's folder says about itself."""
-
-    where: str
-    folder: Path
-    settings: dict[str, Any]
-    known: KnownCheckpoint | None
-    base_name: str
-    base_folder: Path
-
-
-def _locate(path: str | Path, base: str | Path | None) -> _Place:
-    where = str(path)
-    known = _known(where)
-    needs = None if known is None else known.base if base is None else str(base)
-    folder = _find(path, CHECKPOINT, CHECKPOINT_FILES, (), needs)
-    settings = _read_settings(folder)
-    base_name = base if base is not None else settings.get("base")
-    if base_name is None and known is not None:
-        base_name = known.base
-    if base_name is None:
-        raise UserError(f"{where} does not say what its base model is: give base= (a folder or a hub id)")
-    if base is None and "base" in settings:
-        if (folder / str(base_name)).is_dir():
-            base_name = folder / str(base_name)
-        elif str(base_name) == BASE_FOLDER:
-            raise UserError(f"{folder / BASE_FOLDER} is missing: {folder / 'codi.json'} names it as the base model")
-    base_folder = _find(base_name, BASE, BASE_FILES, known.mirrors if known else ())
-    return _Place(where, folder, settings, known, str(base_name), base_folder)
-
+MOST = 2**24
+"""Above any size of a language model: what says more is damaged."""
+MOST_PADDING = 512
+"""Rows of the embedding beyond V+3 that an original checkpoint may have been padded with."""
 
 # --- The model --------------------------------------------------------------------------------------------------------
 
 
 def _read_config(folder: Path, what: str) -> PreTrainedConfig:
+    refuse_pointer(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except StrictDataclassError as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"base model {what} has a config.json that makes no sense: {why}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"base model {what} has no readable config.json of a language model") from error
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or not 1 <= value <= MOST:
+            raise UserError(f"base model {what} has a config.json whose {name} is {value!r}")
+    return config
 
 
 def _read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. transformers also reads a config.json beside it: named if that is the trouble."""
+    for name in (*TOKENIZER_FILES, "special_tokens_map.json"):
+        refuse_pointer(folder / name)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer(["1+1=?"])  # some settings are first looked at here
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
+        for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+            if (folder / name).is_file():
+                try:
+                    read_object(folder / name)
+                except UserError as trouble:
+                    without = ", or remove it: the checkpoint does not need it" if name == "config.json" else ""
+                    raise UserError(f"the tokenizer of {folder} cannot be read: {trouble}{without}") from error
         raise UserError(f"{folder} has no readable tokenizer") from error
 
 
@@ -216,12 +116,15 @@ def _token_ids(tokenizer: Any, where: str) -> tuple[int, int, int]:
 
 
 def _resolve_protocol(
-    wanted: str | Protocol | None, place: _Place, tokenizer: Any, own_tokenizer: bool, config: Any
+    wanted: str | Protocol | None, place: Place, tokenizer: Any, own_tokenizer: bool, config: Any
 ) -> Protocol:
     where, vocabulary = place.where, config.vocab_size
     if wanted is None and "protocol" in place.settings:
         stored = place.settings["protocol"]
-        wanted = Protocol.from_dict(stored) if isinstance(stored, Mapping) else stored
+        try:
+            wanted = Protocol.from_dict(stored) if isinstance(stored, Mapping) else stored
+        except UserError as error:
+            raise UserError(f"{place.folder / 'codi.json'}: {error}") from error
     if wanted is None and place.known is not None:
         wanted = place.known.protocol
     if isinstance(wanted, Protocol):
@@ -232,7 +135,8 @@ def _resolve_protocol(
         raise UserError(f"protocol must be one of {', '.join(FAMILIES)} or a Protocol, got {wanted!r}")
     eos = tokenizer.eos_token_id
     if eos is None:
-        eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        ids = config.eos_token_id
+        eos = (ids or [None])[0] if isinstance(ids, list) else ids
     if eos is None:
         raise UserError(f"neither the tokenizer nor the base model of {where} names an end-of-text token")
     if wanted == "answer-only":
@@ -259,6 +163,7 @@ def load_codi(
     attention: Attention = "sdpa",
     lora_alpha: float | None = None,
     check: bool = True,
+    control_text: ControlText = "plain",
 ) -> CodiModel:
     """Load a CODI checkpoint.
 
@@ -275,48 +180,51 @@ def load_codi(
             after the prompt and counts positions from the padded start, as the published evaluation does.
         rope: "published" rounds the rotary frequencies to the dtype, as a whole-module cast does; needs bfloat16.
         attention: "sdpa", or "eager" if attention weights are wanted.
-        lora_alpha: LoRA scale is lora_alpha / r; None: codi.json, the published checkpoint of this name, else the
-            published ratio of 32 / 128. r is read from the shapes.
+        lora_alpha: LoRA scale is lora_alpha / r; None: codi.json or adapter_config.json, the published checkpoint of
+            this name, else the published ratio of 32 / 128. r is read from the shapes, module by module.
         check: verify on one short prompt that cached = uncached.
+        control_text: what the text of a control token ("<|eocot|>") means in a question: "plain" text, or, as in the
+            published code, the control token itself ("published").
+
+    Returns:
+        The model; `notes` says what was left out, ignored or otherwise than in a plain checkpoint.
 
     Raises:
         UserError: whatever is wrong with files or arguments, in one line.
         CheckpointError: missing, unexpected or misshapen keys, listed.
     """
-    kind = _checked(dtype, mask, rope, attention)
+    kind = _checked(dtype, mask, rope, attention, control_text)
     target = _device(device)
-    place = _locate(path, base)
+    place = locate(path, base)
     config = _read_config(place.base_folder, place.base_name)
     files = weight_files(place.folder)
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(read_weights(file))
+    notes: list[str] = []
+    state = read_state(files, notes)
     if any(key.startswith(AUXILIARY[0]) for key in state):
         state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
 
     own_tokenizer = any((place.folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = _read_tokenizer(place.folder if own_tokenizer else place.base_folder)
     resolved = _resolve_protocol(protocol, place, tokenizer, own_tokenizer, config)
-    config.vocab_size = _embedding_rows(state, config, resolved)
-    layout = _fit(state, config, place)
-    alpha = _lora_alpha(lora_alpha, layout.lora_r, place)
+    resolved = _resize(config, state, resolved, notes)
+    adapter = read_adapter(place.folder)
+    layout = _fit(state, config, place, adapter, notes)
+    scales = _scales(lora_alpha, layout, place, adapter, notes)
 
-    prj = Projection(config.hidden_size, state["prj.1.weight"].shape[0])
-    prj.load_state_dict({key.removeprefix("prj."): state.pop(key).float() for key in PRJ_KEYS})
-    model = _base_model(config, state, layout, alpha, kind, merge_lora, rope, attention)
+    prj = _projection(state, config.hidden_size, place)
+    model = _base_model(config, state, layout, scales, kind, merge_lora, rope, attention)
     model.requires_grad_(False).to(target)
     prj.requires_grad_(False).to(target, kind)
-    n_latents, checkpoint_hash = int(place.settings.get("n_latents", 6)), partial(hash_files, files)
     loaded = CodiModel(
-        model, prj, tokenizer, resolved, name=place.where, mask=mask, n_latents=n_latents,
-        checkpoint_hash=checkpoint_hash,
+        model, prj, tokenizer, resolved, name=place.where, mask=mask, n_latents=place.settings.get("n_latents", 6),
+        checkpoint_hash=partial(hash_files, files), control_text=control_text, notes=tuple(notes),
     )  # fmt: skip
     if check:
         _check_cache(loaded)
     return loaded
 
 
-def _checked(dtype: str | torch.dtype, mask: str, rope: str, attention: str) -> torch.dtype:
+def _checked(dtype: str | torch.dtype, mask: str, rope: str, attention: str, control_text: str) -> torch.dtype:
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -328,20 +236,31 @@ def _checked(dtype: str | torch.dtype, mask: str, rope: str, attention: str) -> 
         raise UserError("rope='published' rounds the rotary frequencies to the dtype: it needs dtype='bfloat16'")
     if attention not in get_args(Attention):
         raise UserError(f"attention must be 'sdpa' or 'eager', got {attention!r}")
+    if control_text not in get_args(ControlText):
+        raise UserError(f"control_text must be 'plain' or 'published', got {control_text!r}")
     return kind
 
 
-def _fit(state: dict[str, Tensor], config: Any, place: _Place) -> Layout:
+def _skeleton(config: Any, what: str) -> Any:
+    """The base model without numbers: its names and shapes."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, AttributeError, RuntimeError, LookupError, ZeroDivisionError) as error:
+        raise UserError(f"base model {what} has a config.json of which no language model can be made") from error
+
+
+def _fit(state: dict[str, Tensor], config: Any, place: Place, adapter: Adapter | None, notes: list[str]) -> Layout:
     """The layout of the weights, which are checked against the base model and untied, in place."""
     # The skeleton has the shapes of the base model with as many embedding rows as the protocol asks for.
-    with torch.device("meta"), no_init_weights():
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    skeleton = _skeleton(config, place.base_name)
+    drop_old_buffers(state, skeleton, notes)
     tied = tied_names(skeleton, config)
-    layout = find_layout(skeleton, state, set(tied) | set(tied.values()))
+    layout = find_layout(skeleton, state, set(tied) | set(tied.values()), adapter, notes)
     for name, source in tied.items():
         if not {layout.prefix + name, layout.prefix + source} & set(state):
             layout.plain[layout.prefix + source] = tuple(skeleton.get_parameter(source).shape)
-    expected = {**layout.plain, **projection_shapes(state, config.hidden_size)}
+    expected = {**layout.plain, **projection_shapes(state, config.hidden_size, notes)}
     fits = f"checkpoint {place.where} and base model {place.base_name}"
     check_keys(state, expected, fits)
     if layout.prefix == WRAPPER and not layout.lora:
@@ -349,25 +268,64 @@ def _fit(state: dict[str, Tensor], config: Any, place: _Place) -> Layout:
     for name, source in tied.items():
         untie(state, layout.prefix, name, source, fits)
     settings, r = place.settings, layout.lora_r
-    if "lora_r" in settings and int(settings["lora_r"]) != r:
+    if "lora_r" in settings and settings["lora_r"] != r:
         raise UserError(f"{place.folder / 'codi.json'} says lora_r {settings['lora_r']}, the weights have {r}")
+    for module, rank in layout.ranks.items():
+        if adapter is not None and adapter.rank(module) not in (None, rank):
+            raise UserError(f"{adapter.path} says rank {adapter.rank(module)} of {module}, the weights have {rank}")
     return layout
 
 
-def _lora_alpha(wanted: float | None, r: int, place: _Place) -> float:
-    if wanted is None:
-        wanted = place.settings.get("lora_alpha")
-    if wanted is None:
-        known = place.known
-        wanted = known.lora_alpha if known is not None and known.lora_r == r else r * PUBLISHED_ALPHA / PUBLISHED_R
-    return float(wanted)
+def _scales(
+    wanted: float | None, layout: Layout, place: Place, adapter: Adapter | None, notes: list[str]
+) -> dict[str, float]:
+    """Module -> what its B A is multiplied by. What is given wins over what files say, that over what is known."""
+    if wanted is not None and not math.isfinite(wanted):
+        raise UserError(f"lora_alpha must be a finite number, got {wanted}")
+    r, known, said = layout.lora_r, place.known, place.settings.get("lora_alpha")
+    if not layout.lora:
+        return {}
+    if adapter is not None and wanted is None and None not in (said, adapter.alpha) and said != adapter.alpha:
+        raise UserError(
+            f"{place.folder}: codi.json says lora_alpha {said}, {ADAPTER_CONFIG} says {adapter.alpha}: give lora_alpha="
+        )
+    alpha = wanted if wanted is not None else said
+    if alpha is None:
+        alpha = known.lora_alpha if known is not None and known.lora_r == r else r * PUBLISHED_ALPHA / PUBLISHED_R
+    if adapter is None:
+        return {module: alpha / rank for module, rank in layout.ranks.items()}
+    alphas = {module: adapter.alpha_of(module, alpha) for module in layout.ranks}
+    if wanted is not None:
+        others = sorted({x for x in alphas.values() if x != wanted})
+        if others:
+            words = ", ".join(f"{x:g}" for x in others)
+            notes.append(f"lora_alpha {wanted:g} was given and is used; {ADAPTER_CONFIG} says {words}")
+        alphas = dict.fromkeys(alphas, wanted)
+    scales = {module: adapter.scale(alphas[module], rank) for module, rank in layout.ranks.items()}
+    words = ", ".join(f"{x:g}" for x in sorted(set(scales.values())))
+    notes.append(f"LoRA scale {words} by {ADAPTER_CONFIG}{' (rank-stabilised)' if adapter.root else ''}")
+    return scales
+
+
+def _projection(state: dict[str, Tensor], d_model: int, place: Place) -> Projection:
+    """The projection, whose weights leave the state."""
+    own = {key.removeprefix("prj."): state.pop(key).float() for key in list(state) if key.startswith("prj.")}
+    width = own["1.weight"].shape[0] if own else None
+    if place.settings.get("prj_dim", width) != width:
+        said = place.settings["prj_dim"]
+        raise UserError(
+            f"{place.folder / 'codi.json'} says prj_dim {said}, the weights have {width or 'no projection'}"
+        )
+    prj = Projection(d_model, width, norm="ln.weight" in own)
+    prj.load_state_dict(own)
+    return prj
 
 
 def _base_model(
     config: Any,
     state: dict[str, Tensor],
     layout: Layout,
-    lora_alpha: float,
+    scales: Mapping[str, float],
     dtype: torch.dtype,
     merge: bool,
     rope: Rope,
@@ -377,13 +335,12 @@ def _base_model(
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     frequencies = {name: b.clone() for name, b in model.base_model.named_buffers() if name.endswith("inv_freq")}
-    scale = lora_alpha / layout.lora_r if layout.lora_r and merge else 0.0
-    model.load_state_dict(merged_weights(state, layout, scale, dtype), strict=True, assign=True)
+    model.load_state_dict(merged_weights(state, layout, scales if merge else {}, dtype), strict=True, assign=True)
     model.tie_weights()
     model.to(dtype)
     _restore_rope(model.base_model, frequencies, rope == "published", dtype)
     if layout.lora and not merge:
-        attach_lora(model, state, layout, lora_alpha, dtype)
+        attach_lora(model, state, layout, scales, dtype)
     return model
 
 
@@ -399,14 +356,29 @@ def _device(device: str | torch.device | None) -> torch.device:
     return target
 
 
-def _embedding_rows(state: Mapping[str, Tensor], config: Any, protocol: Protocol) -> int:
-    """Rows of the embedding: V + 3 for the original family; for named tokens whatever the checkpoint was resized to."""
-    if protocol.name in ("original", "original-eos"):
-        return int(config.vocab_size) + 3
+def _resize(config: Any, state: Mapping[str, Tensor], protocol: Protocol, notes: list[str]) -> Protocol:
+    """Give the configuration as many embedding rows as the checkpoint has: V + 3, or padded to more.
+
+    For named tokens that is whatever the checkpoint was resized to; for the original family at most MOST_PADDING more,
+    or a checkpoint of another vocabulary would pass. These rows belong to no token and are never an answer.
+
+    Returns:
+        The protocol, rows of padding excluded from answers.
+    """
+    least = int(config.vocab_size) + 3
     names = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
     found = [tensor.shape[0] for key, tensor in state.items() if key.endswith(names) and tensor.dim() == 2]
-    rows = max(found, default=0)
-    return rows if rows >= max(config.vocab_size, max(protocol.token_ids) + 1) else int(config.vocab_size) + 3
+    rows = least if least in found else max(found, default=0)
+    family = protocol.name in ("original", "original-eos")
+    if family:
+        fits = least <= rows <= least + MOST_PADDING
+    else:
+        fits = rows >= max(config.vocab_size, max(protocol.token_ids) + 1)
+    config.vocab_size = rows if fits else least
+    if not family or config.vocab_size == least:
+        return protocol
+    notes.append(f"the embedding has {rows - least} rows beyond V + 3 = {least}; they are never an answer")
+    return replace(protocol, excluded_logits=(*protocol.excluded_logits, *range(least, rows)))
 
 
 def _check_cache(model: CodiModel) -> None:
@@ -467,7 +439,7 @@ def save_checkpoint(
     folder = Path(folder)
     state = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     width = state["prj.1.weight"].shape[0] if "prj.1.weight" in state else None
-    if width is None or (prj_dim is not None and prj_dim != width):
+    if prj_dim is not None and prj_dim != width:
         raise UserError(f"prj_dim is {prj_dim}, the projection in the state dict has width {width}")
     folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(base_model, str):

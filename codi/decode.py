@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
+from codi.interventions import Intervention, check_answer_interventions, overrides, seen_at
 from codi.parts import Parts
 from codi.protocol import UserError
-from codi.rollout import Intervention, LatentRollout, Prefill, prefill, rollout, seen_at
+from codi.rollout import LatentRollout, Prefill, prefill, rollout
 from lm.generate import Generated, OwnPast, Rules, as_lists, write_tokens
 from lm.terms import AnswerMode
 from lm.text import to_text
@@ -105,8 +106,12 @@ def answer(
         temperature: 0 is greedy; above 0 a seed is needed.
         seed: of the draws. An answer depends on seed and place in `texts`, not on batch_size.
         batch_size: prompts at once.
-        interventions: of the rollout and the answer; they see the rows of one batch at a time.
+        interventions: of the rollout and the answer; they see the rows of one batch at a time, sorted by length.
+
+    Raises:
+        ValueError: a temperature without a seed, or an intervention that would never act or is `row_by_row`.
     """
+    check_answer_interventions(interventions, n_latents if mode == "latent" else 0, mode)
     if not texts:
         return []
     limit = default_new_tokens(model, mode) if max_new_tokens is None else max_new_tokens
@@ -117,10 +122,15 @@ def answer(
         if limit >= 1:
             generator = torch.Generator().manual_seed(seed)
             uniforms = torch.rand(len(texts), limit, generator=generator, dtype=torch.float64)
+    at_end = [i for i in interventions if overrides([i], "edit_run")]
+    during = [i for i in interventions if i not in at_end]
     answers = [""] * len(texts)
     for rows, part in model.encode(texts, thought=mode).parts(batch_size):
-        begun = prefill(model, part, interventions, keep=())
-        run = begun if mode != "latent" else rollout(model, begun, n_latents, interventions, keep=("cache",))
+        run: LatentRollout | Prefill = prefill(model, part, interventions, keep=())
+        if mode == "latent":
+            run = rollout(model, run, n_latents, during, keep=("cache",))
+            for i in at_end:
+                run = i.edit_run(model, run)
         chosen = None if uniforms is None else uniforms[rows.cpu()]
         found = decode_answers(model, run, limit, temperature, None, interventions, uniforms=chosen)
         for row, text in zip(rows.tolist(), found.texts, strict=True):

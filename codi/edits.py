@@ -18,9 +18,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from codi.interventions import Intervention
 from codi.parts import Parts
 from codi.protocol import UserError
-from codi.rollout import Intervention
 from codi.rope import rotate
 from lm.terms import KeyFrame, Space
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from codi.interventions import Intervention, seen_at
 from codi.parts import Parts
 from codi.protocol import UserError
-from codi.rollout import Intervention, LatentRollout, seen_at
+from codi.rollout import LatentRollout
 from lm.cache import clone_cache
 from lm.forward import feed
 

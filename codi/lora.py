@@ -1,19 +1,20 @@
 """LoRA layers in a base model: those of a checkpoint, kept apart, or new ones to be trained. The only file that touches
 peft, and only when it is called for: peft takes seconds to import, and merged weights need none of it.
 
-Merging them into the weights needs no peft and is in weights.py.
+Merging them into the weights needs no peft and is in layout.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from codi.layout import Layout
 from codi.protocol import UserError
-from codi.weights import Layout
 
 __all__ = ["add_lora", "attach_lora"]
 
@@ -54,15 +55,27 @@ def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -
 
 
 def attach_lora(
-    model: nn.Module, state: Mapping[str, Tensor], layout: Layout, lora_alpha: float, dtype: torch.dtype
+    model: nn.Module, state: Mapping[str, Tensor], layout: Layout, scales: Mapping[str, float], dtype: torch.dtype
 ) -> None:
-    """Give a base model the LoRA layers of a checkpoint's weights, in place."""
+    """Give a base model the LoRA layers of a checkpoint's weights, in place.
+
+    Args:
+        model: base model.
+        state: weights under the checkpoint's names.
+        layout: which modules carry LoRA, and of which rank.
+        scales: module -> what its B A is multiplied by.
+        dtype: of the layers.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     r = layout.lora_r
+    alphas = {module: scale * layout.ranks[module] for module, scale in scales.items()}
+    usual = max(alphas.values(), key=list(alphas.values()).count)
     config = LoraConfig(
         r=r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a ratio of published settings need not be whole
+        lora_alpha=usual,  # type: ignore[arg-type]  # a ratio of published settings need not be whole
+        rank_pattern={re.escape(module): rank for module, rank in layout.ranks.items() if rank != r},
+        alpha_pattern={re.escape(module): alpha for module, alpha in alphas.items() if alpha != usual},  # type: ignore[misc]
         lora_dropout=0.0,
         target_modules=sorted(layout.lora),
         fan_in_fan_out=any(layout.lora.values()),

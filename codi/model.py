@@ -6,14 +6,16 @@ in decode.py; none of these imports this module.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from codi import decode
 from codi import rollout as latent
+from codi.interventions import Intervention
 from codi.parts import Parts
-from codi.rollout import KEEP, Intervention, LatentRollout, Prefill
+from codi.rollout import KEEP, LatentRollout, Prefill
 from lm.terms import AnswerMode
 from lm.text import EncodedBatch
 
@@ -21,7 +23,24 @@ __all__ = ["CodiModel"]
 
 
 class CodiModel(Parts):
-    """Base model + projection + tokenizer + protocol (see `codi.parts.Parts`), and what can be asked of them."""
+    """Base model + projection + tokenizer + protocol (see `codi.parts.Parts`), and what can be asked of them.
+
+    Attributes:
+        interventions: what `prefill`, `rollout` and `answer` apply before those given; see `with_interventions`.
+    """
+
+    interventions: tuple[Intervention, ...] = ()
+
+    @contextmanager
+    def with_interventions(self, *interventions: Intervention) -> Iterator[None]:
+        """While inside, prompts, rollouts and answers of this model undergo these interventions; afterwards, also after
+        an error, the model is as before. Functions that start from a finished run do not see them."""
+        before = self.interventions
+        self.interventions = (*before, *interventions)
+        try:
+            yield
+        finally:
+            self.interventions = before
 
     @torch.no_grad()
     def prefill(
@@ -31,7 +50,7 @@ class CodiModel(Parts):
         keep: Collection[str] = ("hidden_states",),
     ) -> Prefill:
         """Compute the prompts once. See `codi.rollout.prefill`."""
-        return latent.prefill(self, batch, interventions, keep)
+        return latent.prefill(self, batch, (*self.interventions, *interventions), keep)
 
     @torch.no_grad()
     def rollout(
@@ -42,7 +61,7 @@ class CodiModel(Parts):
         keep: Collection[str] = KEEP,
     ) -> LatentRollout:
         """Feed latents 1..n_latents, everything they compute in the open. See `codi.rollout.rollout`."""
-        return latent.rollout(self, source, n_latents, interventions, keep)
+        return latent.rollout(self, source, n_latents, (*self.interventions, *interventions), keep)
 
     def answer(
         self,
@@ -65,5 +84,5 @@ class CodiModel(Parts):
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
-            interventions=interventions,
+            interventions=(*self.interventions, *interventions),
         )

@@ -17,9 +17,9 @@ Source: zhenyi4/codi (original; `remove_eos` drops the eos), bcywinski/codi_llam
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 from lm.errors import UserError
 from lm.terms import ANSWER_MODES, AnswerMode, ProtocolName
@@ -64,7 +64,16 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for field in ("before_latents", "after_latents", "before_direct", "before_verbal", "excluded_logits"):
-            object.__setattr__(self, field, tuple(int(i) for i in getattr(self, field)))
+            ids = getattr(self, field)
+            if isinstance(ids, str) or not isinstance(ids, Iterable) or not all(map(_is_whole, ids := tuple(ids))):
+                raise UserError(f"protocol: {field} must be token ids, got {getattr(self, field)!r}"[:300])
+            object.__setattr__(self, field, tuple(int(i) for i in ids))
+        for field in ("pad_id", "bot_id", "eot_id", "eos_id"):
+            if not _is_whole(getattr(self, field)):
+                raise UserError(f"protocol: {field} must be a token id, got {getattr(self, field)!r}"[:300])
+        for field in ("name", "question_suffix"):
+            if not isinstance(getattr(self, field), str):
+                raise UserError(f"protocol: {field} must be a text, got {getattr(self, field)!r}"[:300])
         if not self.before_latents:
             raise UserError(
                 "protocol: before_latents must hold at least one token (the begin-of-thought token), got none"
@@ -120,6 +129,10 @@ class Protocol:
     def from_json(cls, text: str) -> Protocol:
         """The protocol that `to_json` wrote."""
         return cls.from_dict(json.loads(text))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
 def original(vocabulary: int, eos_id: int, with_eos: bool = False) -> Protocol:

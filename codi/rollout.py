@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from codi.interventions import Intervention, Slot, check_interventions, overrides, seen_at
 from codi.parts import Parts
 from lm.cache import (
     build_cache,
@@ -39,80 +40,11 @@ from lm.text import EncodedBatch, Rows
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-__all__ = ["KEEP", "Intervention", "LatentRollout", "Prefill", "overrides", "prefill", "rollout", "seen_at"]
+__all__ = ["KEEP", "LatentRollout", "Prefill", "prefill", "rollout"]
 
 KEEP = ("embeddings", "hidden_states", "keys", "values", "cache")
 """What a rollout keeps by default."""
 KEEP_CHOICES = (*KEEP, "attentions", "prompt_hidden_states")
-
-
-class Intervention:
-    """Hook points of a rollout. Every method gets values and returns values; the defaults return what they got.
-
-    Subclass and override what you need. Never write into an argument: return a new tensor. Latents are numbered 1..n;
-    k = 0 is the begin-of-thought token. Several interventions are applied in the order given. They leave no trace: the
-    model, and a prefill or run that the rollout started from, are as before.
-
-    The prompt is computed by `prefill`, so `edit_prompt_layer` and k = 0 take effect there; a rollout that starts from
-    a finished prefill has no prompt left to edit.
-    """
-
-    def edit_prompt_layer(self, layer: int, x: Tensor) -> Tensor:
-        """Residual stream of the prompt (batch, position, d_model) after `layer` 1..n_layers (before the final norm);
-        layer 0 = the input embeddings."""
-        return x
-
-    def edit_hidden(self, k: int, h: Tensor) -> Tensor:
-        """h_{k-1} (batch, d_model) just before it is projected into z_k."""
-        return h
-
-    def edit_embedding(self, k: int, z: Tensor) -> Tensor:
-        """z_k (batch, d_model) before it is fed."""
-        return z
-
-    def edit_layer(self, k: int, layer: int, x: Tensor) -> Tensor:
-        """Residual stream (batch, d_model) at latent k after `layer` 1..n_layers (before the final norm)."""
-        return x
-
-    def edit_kv(self, k: int, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache slot of latent k in `layer` 1..n_layers, keys and values (batch, kv_head, d_head), once latent k is
-        done: whatever follows latent k sees the edit, latent k itself does not."""
-        return keys, values
-
-    def edit_mask(self, k: int, mask: Tensor) -> Tensor:
-        """(batch, key position) bool, True where the query at latent k = 1..n may look; k = n + 1: every position of
-        the answer. The padding is False already."""
-        return mask
-
-
-def overrides(interventions: Sequence[Intervention], *methods: str) -> bool:
-    """Whether any of the interventions does something at any of these hook points."""
-    return any(
-        getattr(type(i), method) is not getattr(Intervention, method) for i in interventions for method in methods
-    )
-
-
-def seen_at(model: Parts, k: int, mask: Tensor, interventions: Sequence[Intervention]) -> Tensor | None:
-    """What the query at latent k = 1..n sees, k = n + 1: every position of the answer.
-
-    Args:
-        model: whose way with masks is followed.
-        k: see above.
-        mask: (batch, key position) bool, True at real tokens.
-        interventions: of which `edit_mask` applies.
-
-    Returns:
-        (batch, key position) bool, or None: everything.
-    """
-    masked = overrides(interventions, "edit_mask")
-    if model.mask == "published":
-        if not masked:
-            return None
-        mask = torch.ones_like(mask)
-    if masked:
-        for i in interventions:
-            mask = i.edit_mask(k, mask)
-    return mask
 
 
 @dataclass(frozen=True)
@@ -326,7 +258,8 @@ def rollout(
             "prompt_hidden_states". A continued run must have kept what is asked for.
 
     Raises:
-        ValueError: n_latents out of range, an unknown name in keep, or something to keep that the source has not kept.
+        ValueError: n_latents out of range, an unknown name in keep, something to keep that the source has not kept, or
+            an intervention that can never act.
     """
     _check_keep(model, keep)
     if isinstance(source, EncodedBatch):
@@ -335,6 +268,7 @@ def rollout(
     done = 0 if earlier is None else earlier.n_latents
     if isinstance(n_latents, bool) or not isinstance(n_latents, int) or n_latents < done:
         raise ValueError(f"n_latents must be a whole number, {done} or more, got {n_latents!r}")
+    check_interventions(interventions, done + 1, n_latents)
     start = _start(source, keep)
 
     cache = clone_cache(start.cache)
@@ -363,8 +297,9 @@ def rollout(
             attentions="attentions" in keep,
         )
         h = step.last[:, 0]
-        if overrides(interventions, "edit_kv"):
-            _edit_slot(cache, width + k - 1 - done, k, interventions)
+        if overrides(interventions, "edit_kv", "edit_slot"):
+            slot = Slot(model, k, width + k - 1 - done, start.next_position + (k - 1 - done))
+            _edit_slot(cache, slot, interventions)
 
         new["states"].append(h)
         if "embeddings" in keep:
@@ -454,15 +389,15 @@ def _layer_edit(interventions: Sequence[Intervention], k: int) -> Edit:
     return edit
 
 
-def _edit_slot(cache: DynamicCache, position: int, k: int, interventions: Sequence[Intervention]) -> None:
-    keys, values = read_slots(cache, position, position + 1)
+def _edit_slot(cache: DynamicCache, slot: Slot, interventions: Sequence[Intervention]) -> None:
+    keys, values = read_slots(cache, slot.place, slot.place + 1)
     for layer in range(keys.shape[2]):
         old_keys, old_values = keys[:, 0, layer], values[:, 0, layer]
         new_keys, new_values = old_keys, old_values
         for i in interventions:
-            new_keys, new_values = i.edit_kv(k, layer + 1, new_keys, new_values)
+            new_keys, new_values = i.edit_slot(slot, layer + 1, new_keys, new_values)
         if new_keys is not old_keys or new_values is not old_values:
-            replace_slot(cache, layer, position, new_keys, new_values)
+            replace_slot(cache, layer, slot.place, new_keys, new_values)
 
 
 def _joined(

@@ -1,10 +1,6 @@
-"""Files with weights and the keys in them: what a checkpoint must hold, given its base model, and what it does hold.
+"""Files with weights and settings: what they hold, or in one line why that cannot be read. No pickled code is ever run.
 
-Keys are those of the published wrapper: `codi.base_model.model.…` with `.base_layer.weight`, `.lora_A.default.weight`,
-`.lora_B.default.weight`, and `prj.1`, `prj.3`, `prj.ln`. Nothing that does not fit is let through, and no pickled code
-is ever run.
-
-Knows nothing about folders of models, tokenizers or protocols.
+Knows nothing about what the keys mean: that is layout.py.
 """
 
 from __future__ import annotations
@@ -14,79 +10,61 @@ import json
 import pickle
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from codi.protocol import UserError
 
-__all__ = [
-    "PRJ_KEYS",
-    "WRAPPER",
-    "CheckpointError",
-    "Layout",
-    "check_keys",
-    "find_layout",
-    "hash_files",
-    "merged_weights",
-    "projection_shapes",
-    "read_weights",
-    "tied_names",
-    "untie",
-    "weight_files",
-]
+__all__ = ["hash_files", "listed", "read_object", "read_state", "read_weights", "refuse_pointer", "weight_files"]
 
-WRAPPER = "codi.base_model.model."
-PRJ_KEYS = ("prj.1.weight", "prj.1.bias", "prj.3.weight", "prj.3.bias", "prj.ln.weight", "prj.ln.bias")
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-class CheckpointError(UserError):
-    """Keys of a checkpoint that do not fit its base model.
-
-    Attributes:
-        missing, unexpected: key names. misshapen: key name -> (shape in the checkpoint, shape that fits).
-    """
-
-    def __init__(
-        self,
-        where: str,
-        missing: Sequence[str] = (),
-        unexpected: Sequence[str] = (),
-        misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
-    ) -> None:
-        self.missing, self.unexpected = list(missing), list(unexpected)
-        self.misshapen = dict(misshapen or {})
-        shapes = [f"{key} is {have}, should be {want}" for key, (have, want) in self.misshapen.items()]
-        lost = len(self.missing) + len(shapes) > 20
-        parts = [
-            f"{len(names)} {kind}: {listed(names, 4 if lost else 12)}"
-            for kind, names in (("missing", self.missing), ("unexpected", self.unexpected), ("misshapen", shapes))
-            if names
-        ]
-        hint = "; is this the right base model?" if lost else ""
-        super().__init__(f"{where}: keys do not fit: {'; '.join(parts)}{hint}")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+INSIDE = ("state_dict", "model")
+"""Entries under which trainers keep the state dict of a file that holds more."""
+POINTER = b"version https://git-lfs"
+LEFT_OUT = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+"""What DistributedDataParallel and torch.compile put before the names of what they wrap."""
 
 
 def listed(names: Sequence[str], limit: int = 12) -> str:
+    """Names in words, the first `limit` of them."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-# --- Files with weights -----------------------------------------------------------------------------------------------
+def refuse_pointer(path: Path) -> None:
+    """UserError if a file is not there but only the note that git-lfs puts in its place."""
+    if path.is_file():
+        with open(path, "rb") as handle:
+            if handle.read(len(POINTER)) == POINTER:
+                raise UserError(
+                    f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' where it was cloned, "
+                    "or download the file"
+                )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object."""
+    refuse_pointer(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        empty = "it is empty" if not path.stat().st_size else " ".join(str(error).split())
+        raise UserError(f"{path} is not readable JSON: {empty}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold one JSON object")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -97,19 +75,44 @@ def weight_files(folder: Path) -> list[Path]:
             continue
         if not name.endswith(".index.json"):
             return [path]
+        refuse_pointer(path)
         try:
             shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            absent = [shard for shard in shards if not (folder / shard).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise UserError(f"{path} is not a readable index of weight files") from error
-        absent = [shard for shard in shards if not (folder / shard).is_file()]
         if absent:
             raise UserError(f"{folder} lacks {len(absent)} of its {len(shards)} weight files: {listed(absent)}")
+        if not shards:
+            raise UserError(f"{path} is not a readable index of weight files")
         return [folder / shard for shard in shards]
-    raise UserError(f"{folder} holds no CODI weights: none of {', '.join(WEIGHT_FILES)} is there")
+    raise UserError(f"{folder} holds no CODI weights: none of {', '.join(WEIGHT_FILES)} is there{_elsewhere(folder)}")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of one file; code in a pickle is refused, never run."""
+def _elsewhere(folder: Path) -> str:
+    """What a folder without weights holds in their place, and what to do about it."""
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            return (
+                f"; it holds an adapter only ({name}), without the base weights and the projection of CODI: save the "
+                "whole state dict, torch.save(model.state_dict(), 'pytorch_model.bin')"
+            )
+    inside = [path for path in folder.iterdir() if any((path / name).is_file() for name in WEIGHT_FILES)]
+    if not inside:
+        return ""
+    inside.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
+    names = [path.name for path in inside if not path.name.startswith("base")] or [path.name for path in inside]
+    return f"; there are some in {listed(names)}: give {folder / names[-1]}"
+
+
+def read_weights(path: Path, notes: list[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of one file; code in a pickle is refused, never run.
+
+    Args:
+        path: .safetensors, or what torch.save wrote: a state dict, or a dict with one under "state_dict" or "model".
+        notes: gets a line if the state dict was taken from inside.
+    """
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -124,11 +127,62 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"{path} is refused: a pickle with more than tensors in it, which could run code"
             ) from error
         raise UserError(f"{path} is truncated or corrupt: it cannot be read as PyTorch weights") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is truncated or corrupt: it cannot be read as weights") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if isinstance(state, Mapping):
+        inside = [name for name in INSIDE if _is_state_dict(state.get(name))]
+        if len(inside) > 1:
+            raise UserError(f"{path} holds two state dicts, under {' and '.join(map(repr, inside))}: save one of them")
+        if inside:
+            others = sorted(str(name) for name in state if name != inside[0])
+            if notes is not None:
+                without = f", without {listed(others)}" if others else ""
+                notes.append(f"{path.name}: the state dict was taken from {inside[0]!r}{without}")
+            state = state[inside[0]]
+    if not _is_state_dict(state):
         raise UserError(f"{path} does not hold a state dict (names with tensors)")
-    return dict(state)
+    return {key: value.detach() for key, value in state.items()}
+
+
+UNREADABLE = (
+    *(SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError),
+    *(TypeError, AttributeError, AssertionError, OSError, OverflowError),
+)
+"""What readers of damaged weights raise."""
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+def read_state(files: Sequence[Path], notes: list[str]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, `module.` and `_orig_mod.` left out of their names.
+
+    Args:
+        files: from `weight_files`.
+        notes: gets a line for everything that was done.
+
+    Raises:
+        ValueError: a file that cannot be read, or two tensors of one name.
+    """
+    state: dict[str, Tensor] = {}
+    written: dict[str, str] = {}
+    left_out: dict[str, int] = {}
+    for file in files:
+        for key, tensor in read_weights(file, notes).items():
+            name = LEFT_OUT.sub("", key)
+            if name in state:
+                same = f"{file.name}: {key}" if len(files) > 1 else key
+                raise UserError(f"{file.parent}: {written[name]} and {same} are one name twice")
+            for part in set(LEFT_OUT.findall(key)):
+                left_out[part] = left_out.get(part, 0) + 1
+            state[name] = tensor
+            written[name] = f"{file.name}: {key}" if len(files) > 1 else key
+    for part, count in sorted(left_out.items()):
+        notes.append(f"{part!r} was left out of {count} key names")
+    return state
 
 
 def hash_files(files: Iterable[Path]) -> str:
@@ -139,108 +193,3 @@ def hash_files(files: Iterable[Path]) -> str:
             while block := handle.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-# --- Keys -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Layout:
-    """Which keys a checkpoint must have, given its base model."""
-
-    prefix: str
-    plain: dict[str, tuple[int, ...]]  # key in the checkpoint -> shape
-    lora: dict[str, bool]  # module name -> whether its weight is stored (in, out), as Conv1D does
-    lora_r: int
-
-
-def find_layout(skeleton: nn.Module, state: Mapping[str, Tensor], tied: set[str]) -> Layout:
-    """Expected keys and shapes. A kind of linear layer that carries LoRA in one block must carry it in all."""
-    prefix = WRAPPER if any(key.startswith(WRAPPER) for key in state) else "codi."
-    modules = dict(skeleton.named_modules())
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    marks = re.compile(r"(.*)\.(?:base_layer\.(?:weight|bias)|lora_[AB]\.default\.weight)")
-    found = {match[1] for key in state if (match := marks.fullmatch(key.removeprefix(prefix)))}
-    kinds = {re.sub(r"\.\d+\.", ".", name) for name in found}
-    ranks = Counter(t.shape[0] for k, t in state.items() if k.endswith("lora_A.default.weight") and t.dim() == 2)
-    rank = ranks.most_common(1)[0][0] if ranks else 0
-
-    plain: dict[str, tuple[int, ...]] = {}
-    lora: dict[str, bool] = {}
-    for key, value in skeleton.state_dict().items():
-        module, _, kind = key.rpartition(".")
-        if module in linear and re.sub(r"\.\d+\.", ".", module) in kinds:
-            plain[f"{prefix}{module}.base_layer.{kind}"] = tuple(value.shape)
-            lora[module] = isinstance(linear[module], Conv1D)
-        elif key not in tied or f"{prefix}{key}" in state:
-            plain[prefix + key] = tuple(value.shape)
-    for module, transposed in lora.items():
-        weight = linear[module].weight.shape
-        out, inside = (weight[1], weight[0]) if transposed else (weight[0], weight[1])
-        plain[f"{prefix}{module}.lora_A.default.weight"] = (rank, inside)
-        plain[f"{prefix}{module}.lora_B.default.weight"] = (out, rank)
-    return Layout(prefix, plain, lora, rank)
-
-
-def projection_shapes(state: Mapping[str, Tensor], d_model: int) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the projection; its width is that of the weights."""
-    first = state.get("prj.1.weight", state.get("prj.1.bias"))
-    width = first.shape[0] if first is not None and first.dim() else d_model
-    shapes = ((width, d_model), (width,), (d_model, width), (d_model,), (d_model,), (d_model,))
-    return dict(zip(PRJ_KEYS, shapes, strict=True))
-
-
-def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse weights whose keys or shapes are not exactly the expected ones, or that are no finite numbers."""
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    misshapen = {
-        key: (tuple(state[key].shape), shape)
-        for key, shape in sorted(expected.items())
-        if key in state and tuple(state[key].shape) != shape
-    }
-    if missing or unexpected or misshapen:
-        raise CheckpointError(where, missing, unexpected, misshapen)
-    for key, value in state.items():
-        if not value.is_floating_point():
-            raise UserError(f"{where}: {key} holds {value.dtype}, weights must be floating point")
-        if not torch.isfinite(value).all():
-            raise UserError(f"{where}: {key} holds numbers that are not finite")
-
-
-def tied_names(skeleton: Any, config: Any) -> dict[str, str]:
-    """Tied weight -> the weight it shares, both as names in the base model."""
-    if not getattr(config, "tie_word_embeddings", False):
-        return {}
-    keys = skeleton._tied_weights_keys
-    return dict(keys) if isinstance(keys, Mapping) else {}
-
-
-def untie(state: dict[str, Tensor], prefix: str, name: str, source: str, where: str) -> None:
-    """A tied weight may be stored once or twice; keep it under both names, and insist that they agree."""
-    first, second = prefix + name, prefix + source
-    if first in state and second in state:
-        if not torch.equal(state[first], state[second]):
-            raise UserError(f"{where}: {first} and {second} differ, but the base model ties them")
-    elif first in state:
-        state[second] = state[first]
-    else:
-        state[first] = state[second]
-    state[first] = state[second]
-
-
-def merged_weights(state: dict[str, Tensor], layout: Layout, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """State dict of the base model, weight + scale · B A in float32, then rounded once. LoRA keys stay in `state`."""
-    merged: dict[str, Tensor] = {}
-    for key in [key for key in state if ".lora_" not in key]:
-        tensor = state.pop(key)
-        name = key.removeprefix(layout.prefix).replace(".base_layer.", ".")
-        module, _, kind = name.rpartition(".")
-        if module in layout.lora and kind == "weight" and scale:
-            a = state[f"{layout.prefix}{module}.lora_A.default.weight"].float()
-            b = state[f"{layout.prefix}{module}.lora_B.default.weight"].float()
-            delta = scale * (b @ a)
-            merged[name] = (tensor.float() + (delta.T if layout.lora[module] else delta)).to(dtype)
-        else:
-            merged[name] = tensor.to(dtype)
-    return merged

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["COMMANDS", "Command", "available", "command_of_module"]
+__all__ = ["COMMANDS", "Command", "available", "command_of_module", "study_of"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Command:
         options: "module:name" of a dataclass, or of a union of dataclasses (nested subcommands).
         run: "module:function", called with the options.
         line: what it is for, in one line.
+        study: "module:name" of what `study_of` gives, where it is not found by the rule there.
     """
 
     options: str
     run: str
     line: str
+    study: str = ""
 
     @property
     def module(self) -> str:
@@ -51,32 +54,32 @@ def _named(place: str) -> Any:
 # Modules that are not there are not listed.
 COMMANDS: dict[str, Command] = {
     "sweep": Command(
-        "experiments.sweep.run:SweepConfig",
+        "experiments.sweep.options:SweepOptions",
         "experiments.sweep.run:main",
         "steer every latent pair, position and coefficient, beside random controls",
     ),
     "stats": Command(
-        "experiments.sweep.recompute:StatsConfig",
+        "experiments.sweep.options:StatsOptions",
         "experiments.sweep.recompute:main",
         "recompute the statistics of a run folder from its trials",
     ),
     "plot": Command(
-        "experiments.sweep.draw:PlotConfig",
+        "experiments.sweep.options:PlotOptions",
         "experiments.sweep.draw:main",
         "draw the figures of a run folder",
     ),
     "eval": Command(
-        "experiments.evaluate:Config",
-        "experiments.evaluate:main",
+        "experiments.evaluate.options:EvalOptions",
+        "experiments.evaluate.run:main",
         "accuracy by number of latents and by mode of answering, with intervals",
     ),
     "train": Command(
-        "experiments.train:Config",
-        "experiments.train:main",
+        "experiments.train.options:TrainOptions",
+        "experiments.train.run:main",
         "train a CODI model: teacher, then self-distillation",
     ),
     "lens": Command(
-        "experiments.lens.run:CONFIG",
+        "experiments.lens.options:OPTIONS",
         "experiments.lens.run:main",
         "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
     ),
@@ -91,7 +94,7 @@ COMMANDS: dict[str, Command] = {
         "what a linear map reads from each latent, space and layer",
     ),
     "patch": Command(
-        "experiments.latents.patch.run:Config",
+        "experiments.latents.options:PatchOptions",
         "experiments.latents.patch.run:main",
         "replace latents by means, values, other prompts' latents or noise",
     ),
@@ -101,27 +104,27 @@ COMMANDS: dict[str, Command] = {
         "which latents, and which subsets of them, the answer needs",
     ),
     "transfer": Command(
-        "experiments.latents.transfer:Config",
+        "experiments.latents.options:TransferOptions",
         "experiments.latents.transfer:main",
         "ablate the prompt, carry latents from one prompt to another",
     ),
     "pca": Command(
-        "experiments.latents.pca.run:Config",
+        "experiments.latents.options:PcaOptions",
         "experiments.latents.pca.run:main",
         "principal components of latents and cache entries; where each edit's effect goes",
     ),
     "anchors": Command(
-        "experiments.latents.anchors:Config",
+        "experiments.latents.options:AnchorsOptions",
         "experiments.latents.anchors:main",
         "thought anchors: resample a latent, suppress attention, see what changes",
     ),
     "early-exit": Command(
-        "experiments.latents.early_exit:Config",
+        "experiments.latents.options:EarlyExitOptions",
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),
     "findings": Command(
-        "experiments.page.findings:Config",
+        "experiments.page.options:FindingsOptions",
         "experiments.page.findings:main",
         "run every study on one model and collect what they found on one page",
     ),
@@ -133,9 +136,43 @@ def available() -> dict[str, Command]:
     return {name: one for name, one in COMMANDS.items() if importlib.util.find_spec(one.module) is not None}
 
 
+def study_of(words: str) -> Any:
+    """What a command computes, for a process that has the model already.
+
+    Found in the module that runs the command, for a nested command (`lens detect`) in the module of the same room that
+    is called like it: the `Study` that is called STUDY there (run it with `experiments.study.run.run_study`), or the
+    function `run(options, model=…, say=…)`, which gives a `Result`.
+
+    Args:
+        words: after `codi`, without options.
+
+    Raises:
+        LookupError: the command offers neither.
+    """
+    name, *nested = words.split()
+    command = COMMANDS[name]
+    if command.study:
+        return _named(command.study)
+    place = ".".join([command.module.rpartition(".")[0], nested[0]]) if nested else command.module
+    module = importlib.import_module(place)
+    if hasattr(module, "STUDY"):
+        return module.STUDY
+    function = getattr(module, "run", None)
+    if function is not None:
+        taken = inspect.signature(function).parameters
+        needed = {one for one in taken if taken[one].default is inspect.Parameter.empty}
+        if {"options", "model", "say"} <= taken.keys() and needed <= {"options", "model", "say"}:
+            return function
+    raise LookupError(f"codi {words}: {place} has no STUDY and no run(options, model=…, say=…)")
+
+
 def command_of_module(module: str) -> str | None:
-    """The subcommand that `python -m MODULE` runs: of the module that runs it, or of the room that it is alone in."""
+    """The subcommand that `python -m MODULE` runs: that of the module, or of the room that is called like it or that it
+    is alone in."""
     for name, one in COMMANDS.items():
-        if one.module == module or (module == f"experiments.{name}" and one.module.startswith(f"{module}.")):
+        if one.module == module:
             return name
-    return None
+    inside = [name for name, one in COMMANDS.items() if one.module.startswith(f"{module}.")]
+    named = [name for name in inside if module == f"experiments.{name}"]
+    found = named or inside
+    return found[0] if len(found) == 1 else None

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codi.rollout import Intervention
+from codi.interventions import Intervention
 from lenses.latent_lens import LatentLens
 
 __all__ = ["AblateDirections", "CausalBasis", "causal_basis", "energies", "mean_ablated"]

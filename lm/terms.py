@@ -21,6 +21,7 @@ __all__ = [
     "AnswerMode",
     "AnswerRule",
     "Attention",
+    "ControlText",
     "Device",
     "DrawNorm",
     "Dtype",
@@ -44,6 +45,8 @@ Mask = Literal["carried", "published"]
 """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
 Rope = Literal["float32", "published"]
 """Rotary frequencies: kept in float32, or rounded as published runs in bfloat16 do."""
+ControlText = Literal["plain", "published"]
+"""What the text of a control token means in a question: plain text, or the token itself (the published way)."""
 ProtocolName = Literal["original", "original-eos", "answer-only"]
 AnswerMode = Literal["latent", "direct", "verbal"]
 """What comes before the answer: latents, nothing, or a written chain of thought."""

@@ -5,7 +5,7 @@ Knows tokenizers and nothing about models. Axes and units are those of `lm`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,12 @@ def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> EncodedBatch:
 
 
 def encode(
-    tokenizer: Any, texts: Sequence[str], pad_id: int, after: Sequence[int] = (), what: str = "text"
+    tokenizer: Any,
+    texts: Sequence[str],
+    pad_id: int,
+    after: Sequence[int] = (),
+    what: str = "text",
+    control: Mapping[str, int] | None = None,
 ) -> EncodedBatch:
     """Texts as a left-padded batch on the CPU.
 
@@ -95,9 +100,12 @@ def encode(
         pad_id: what stands at padding; never seen.
         after: token ids that follow every text.
         what: what a text is called in messages.
+        control: texts of tokens (with their ids) that are plain text where a person has written them; None: the
+            tokenizer reads them as the tokens.
 
     Raises:
-        ValueError: no texts, a text that is not a string, or one without any token.
+        ValueError: no texts, a text that is not a string, one without any token, or one with the text of a control
+            token that the tokenizer cannot read as plain text.
     """
     if isinstance(texts, str):
         raise UserError(f"encode takes a list of {what}s, got one string: put it in a list")
@@ -107,9 +115,24 @@ def encode(
         if not isinstance(text, str):
             raise UserError(f"a {what} must be a string, got {type(text).__name__}")
     rows = [[*ids, *after] for ids in tokenizer(list(texts))["input_ids"]]
+    for index, text in enumerate(texts):
+        if control and any(name in text for name in control):
+            rows[index] = [*_as_plain_text(tokenizer, text, control, f"{what} {index + 1}"), *after]
     if any(len(row) == 0 for row in rows):
         raise UserError(f"a {what} must have at least one token, got an empty one")
     return left_padded(rows, pad_id)
+
+
+def _as_plain_text(tokenizer: Any, text: str, control: Mapping[str, int], what: str) -> list[int]:
+    """Token ids of a text in which control tokens are written out, read as the characters that they are."""
+    bare = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    left = [name for name, i in control.items() if i in bare]
+    if left:
+        raise UserError(
+            f"{what} holds {left[0]!r}, which this tokenizer can only read as the control token: leave it out, or load "
+            "the model with control_text='published'"
+        )
+    return list(tokenizer(text, split_special_tokens=True)["input_ids"])
 
 
 def to_text(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -1,12 +1,12 @@
 """Steering between latents: means, directions with their controls, and the edits that apply them.
 
 `means` accumulates what the latents of a CODI model are on average, `directions` takes differences and draws controls,
-`interventions` applies coefficients, `replacements` puts given values in. Axes, indices and units are those of `codi`.
+`interventions` applies coefficients, `replacements` puts given values in, `steered` does the usual in three lines.
+Axes, indices and units are those of `codi`.
 
-    accumulator = LatentMeansAccumulator(model)
-    accumulator.update(model.rollout(model.encode(questions)))
-    direction = difference(accumulator.finish(), a=2, b=5, space="embedding")
-    model.answer(["question"], interventions=[AddDirection(direction, latent=5, coefficient=1.0)])
+    direction = direction_from(model, prompts, source=5, target=2, space="kv")
+    with steer(model, direction, latent=4, coefficient=2, timing="cached"):
+        model.answer(questions)
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from lm.lazy import exports
 if TYPE_CHECKING:
     from steering.directions import (
         Direction,
+        Origin,
         covariance_matched,
         difference,
         legacy_difference,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         ReplaceRows,
         replace_embeddings,
     )
+    from steering.steered import direction_from, load_direction, save_direction, steer
 
 __all__ = [
     "AblatePrompt",
@@ -48,21 +50,26 @@ __all__ = [
     "LatentMeans",
     "LatentMeansAccumulator",
     "MeanAblation",
+    "Origin",
     "RecordPrompt",
     "ReplaceLatent",
     "ReplaceRows",
     "branches",
     "covariance_matched",
     "difference",
+    "direction_from",
     "edit_table",
     "legacy_difference",
+    "load_direction",
     "match_norms",
     "patch_coordinate",
     "patch_norm",
     "patch_scalar",
     "random_direction",
     "replace_embeddings",
+    "save_direction",
     "shuffled_difference",
+    "steer",
 ]
 
 __getattr__, __dir__ = exports(
@@ -78,20 +85,25 @@ __getattr__, __dir__ = exports(
         "LatentMeans": "steering.means",
         "LatentMeansAccumulator": "steering.means",
         "MeanAblation": "steering.replacements",
+        "Origin": "steering.directions",
         "RecordPrompt": "steering.replacements",
         "ReplaceLatent": "steering.interventions",
         "ReplaceRows": "steering.replacements",
         "branches": "steering.interventions",
         "covariance_matched": "steering.directions",
         "difference": "steering.directions",
+        "direction_from": "steering.steered",
         "edit_table": "steering.interventions",
         "legacy_difference": "steering.directions",
+        "load_direction": "steering.steered",
         "match_norms": "steering.directions",
         "patch_coordinate": "steering.directions",
         "patch_norm": "steering.directions",
         "patch_scalar": "steering.directions",
         "random_direction": "steering.directions",
         "replace_embeddings": "steering.replacements",
+        "save_direction": "steering.steered",
         "shuffled_difference": "steering.directions",
+        "steer": "steering.steered",
     },
 )

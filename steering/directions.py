@@ -26,6 +26,7 @@ from steering.means import ControlDraws, LatentMeans
 
 __all__ = [
     "Direction",
+    "Origin",
     "covariance_matched",
     "difference",
     "generator",
@@ -41,6 +42,28 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a direction comes from: it is of use for this model only.
+
+    Attributes:
+        model_hash: SHA-256 of the weight files; "" for a model that was not loaded from files.
+        model_name: for messages.
+        protocol: of the model, as JSON with sorted keys.
+        source, target: latents A and B of A−B.
+        n_prompts: prompts that the means are over.
+        prompts_hash: SHA-256 over the prompts, in their order.
+    """
+
+    model_hash: str
+    model_name: str
+    protocol: str
+    source: int
+    target: int
+    n_prompts: int
+    prompts_hash: str = ""
+
+
+@dataclass(frozen=True)
 class Direction:
     """One direction in one space, float64, not normalised.
 
@@ -49,6 +72,7 @@ class Direction:
         keys, values: (layer, kv_head, d_head) each, in kv space; None elsewhere.
         vector: (d_model,) in embedding and hidden space; None in kv space.
         keys_frame: "content" (un-rotated; rotated to the edited slot when applied) or "raw" (added as it is).
+        origin: where it comes from, if that is known; directions that are made of other tensors have none.
     """
 
     space: Space
@@ -56,6 +80,7 @@ class Direction:
     values: Tensor | None = None
     vector: Tensor | None = None
     keys_frame: KeyFrame = "content"
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         kv = self.keys is not None and self.values is not None and self.vector is None
@@ -73,8 +98,8 @@ class Direction:
     def with_blocks(self, blocks: Sequence[Tensor]) -> Direction:
         """The same kind of direction made of other tensors."""
         if self.space == "kv":
-            return replace(self, keys=blocks[0], values=blocks[1])
-        return replace(self, vector=blocks[0])
+            return replace(self, keys=blocks[0], values=blocks[1], origin=None)
+        return replace(self, vector=blocks[0], origin=None)
 
     def norm(self) -> float:
         """Euclidean norm over everything."""

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codi import CodiModel, EncodedBatch, Intervention, LatentRollout, Prefill
+from codi import Intervention, LatentRollout
 from codi.edits import Branches, EditTable
+from codi.interventions import Slot
 from codi.rope import rotate
 from lm.terms import PARTS, Part, Space
 from steering.directions import Direction
@@ -46,7 +47,8 @@ def coefficients_of(
 
 
 class AddDirection(Intervention):
-    """Adds coefficient × direction at one latent of a rollout.
+    """Adds coefficient × direction at one latent of a rollout, whatever prompts that starts from: content keys are
+    rotated in the run, to the position that the slot has in each row.
 
     Args:
         direction: in any space. In kv space later latents and the answer see the edited slot, the latent itself does
@@ -54,11 +56,9 @@ class AddDirection(Intervention):
         latent: where, 1-based.
         coefficient: 1.0 adds one whole mean difference; 0 changes nothing, bit for bit.
         part, key_scale, value_scale: kv space only, see `coefficients_of`.
-        model, prompts: needed for content keys in kv space only: the direction is rotated to the position that the slot
-            has in each of these prompts (the batch or prefill that the rollout starts from).
 
     Raises:
-        ValueError: latent below 1, an unknown part, or content keys without model and prompts.
+        ValueError: latent below 1, or an unknown part.
     """
 
     def __init__(
@@ -70,34 +70,17 @@ class AddDirection(Intervention):
         part: Part = "both",
         key_scale: float = 1.0,
         value_scale: float = 1.0,
-        model: CodiModel | None = None,
-        prompts: EncodedBatch | Prefill | None = None,
     ) -> None:
         if latent < 1:
             raise ValueError(f"latent must be 1 or more, got {latent}")
-        self.direction, self.latent = direction, latent
+        self.direction, self.latent, self.latents = direction, latent, (latent,)
         self.key_coefficient, self.value_coefficient = coefficients_of(coefficient, part, key_scale, value_scale)
-        self._keys: Tensor | None = None
-        if direction.space == "kv":
-            assert direction.keys is not None
-            keys = direction.keys.float()[None]  # (batch or 1, layer, kv_head, d_head)
-            if direction.keys_frame == "content" and self.key_coefficient:
-                if model is None or prompts is None:
-                    raise ValueError("a direction of content keys needs model= and prompts= to be rotated to its slot")
-                if isinstance(prompts, Prefill):
-                    first = prompts.next_position
-                elif model.mask == "published":
-                    first = torch.full((len(prompts),), prompts.input_ids.shape[1])
-                else:
-                    first = prompts.lengths
-                positions = (first + latent - 1)[:, None, None]
-                keys = rotate(keys.to(first.device).expand(len(first), -1, -1, -1), positions, model)
-            self._keys = keys
 
     def _plus(self, x: Tensor, addend: Tensor, coefficient: float) -> Tensor:
         if coefficient == 0:
             return x
-        return (x.float() + coefficient * addend.to(x.device, torch.float32)).to(x.dtype)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return (x.to(wide) + coefficient * addend.to(x.device, wide)).to(x.dtype)
 
     def edit_hidden(self, k: int, h: Tensor) -> Tensor:
         if k != self.latent or self.direction.space != "hidden":
@@ -111,13 +94,16 @@ class AddDirection(Intervention):
         assert self.direction.vector is not None
         return self._plus(z, self.direction.vector, self.value_coefficient)
 
-    def edit_kv(self, k: int, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if k != self.latent or self._keys is None or self.direction.values is None:
+    def edit_slot(self, slot: Slot, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        direction = self.direction
+        if slot.latent != self.latent or direction.keys is None or direction.values is None:
             return keys, values
-        return (
-            self._plus(keys, self._keys[:, layer - 1], self.key_coefficient),
-            self._plus(values, self.direction.values[layer - 1], self.value_coefficient),
-        )
+        if self.key_coefficient:
+            added = direction.keys[layer - 1].to(keys.device, torch.promote_types(keys.dtype, torch.float32))[None]
+            if direction.keys_frame == "content":
+                added = rotate(added.expand(len(keys), -1, -1), slot.positions[:, None], slot.model)
+            keys = self._plus(keys, added, self.key_coefficient)
+        return keys, self._plus(values, direction.values[layer - 1], self.value_coefficient)
 
 
 class ReplaceLatent(Intervention):
@@ -135,6 +121,7 @@ class ReplaceLatent(Intervention):
         if latent < 1:
             raise ValueError(f"latent must be 1 or more, got {latent}")
         self.space, self.vector, self.latent, self.own_norm = direction.space, direction.vector, latent, own_norm
+        self.latents = (latent,)
 
     def _replaced(self, x: Tensor) -> Tensor:
         vector = self.vector.to(x.device, torch.float32).expand(x.shape)

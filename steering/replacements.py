@@ -15,8 +15,9 @@ from torch import Tensor
 
 from codi.branches import BranchAnswers, decode_branches
 from codi.edits import Branches, EditTable
+from codi.interventions import Intervention
 from codi.parts import Parts
-from codi.rollout import Intervention, LatentRollout
+from codi.rollout import LatentRollout
 from lm.terms import Timing
 
 __all__ = [
@@ -40,6 +41,8 @@ class ReplaceRows(Intervention):
             h_{k-1} before it becomes z_k; ("layer", k, l) the residual stream at latent k after layer l; ("keys", k, l)
             and ("values", k, l) the cache slot of latent k in layer l = 1..n_layers. Inactive rows stay as they are.
     """
+
+    row_by_row = True
 
     def __init__(self, values: Mapping[Place, tuple[Tensor, Tensor]]) -> None:
         self._values = dict(values)
@@ -73,7 +76,7 @@ class MeanAblation(Intervention):
     """
 
     def __init__(self, latent: int, mean: Tensor) -> None:
-        self.latent, self.mean = latent, mean
+        self.latent, self.latents, self.mean = latent, (latent,), mean
 
     def edit_embedding(self, k: int, z: Tensor) -> Tensor:
         return self.mean.to(z).expand_as(z) if k == self.latent else z
@@ -90,6 +93,8 @@ class HideSlots(Intervention):
         prompt_width: columns of the padded prompt.
         question: (row, 2) first and last column + 1 of the question without its first token; needed for -3.
     """
+
+    row_by_row = True
 
     def __init__(self, columns: Tensor, readers: Tensor, prompt_width: int, question: Tensor | None = None) -> None:
         self._columns, self._readers, self._width, self._question = columns, readers, prompt_width, question
@@ -123,6 +128,8 @@ class AblatePrompt(Intervention):
         means: per row (layer 0..n_layers, position, d_model), positions as many as the prompt has tokens.
         embeddings: also replace layer 0; the published ablation does not, and leaks.
     """
+
+    row_by_row = True
 
     def __init__(self, means: Sequence[Tensor], embeddings: bool = True) -> None:
         self._means, self._first = list(means), 0 if embeddings else 1

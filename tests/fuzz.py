@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import csv
+import functools
 import gzip
 import io
 import json
@@ -429,11 +430,215 @@ def read_otherwise(path: Path, problems: list[Problem]) -> str:
     return ""
 
 
+# --- Checkpoints: golden cases with something done to names, shapes, numbers, settings or bytes ---
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+CASES = ("llama_answer_only", "llama_original", "gpt2_original", "gpt2_original_eos")
+WRAPPER = "codi.base_model.model."
+
+
+@functools.cache
+def golden_case(name: str) -> tuple[dict[str, Any], Any, list[str], list[str]]:
+    """State dict, settings, texts and answers of a golden case."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = GOLDEN / name
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    if (folder / "checkpoint/pytorch_model.bin").exists():
+        state = torch.load(folder / "checkpoint/pytorch_model.bin", weights_only=True)
+    else:
+        state = load_file(folder / "checkpoint/model.safetensors")
+    texts = expected["texts"][:2]
+    model = load_golden(folder / "checkpoint", name, expected)
+    return dict(state), expected, texts, model.answer(texts, max_new_tokens=4)
+
+
+def load_golden(checkpoint: Path, name: str, expected: Any, base: Path | None = None) -> Any:
+    from codi import load_codi
+
+    given = {"protocol": expected["protocol_name"], "lora_alpha": expected["lora_alpha"]}
+    return load_codi(checkpoint, base=base or GOLDEN / name / "base", **given)
+
+
+def checkpoint_case(
+    folder: Path, name: str, what: str, must: str, named: str = "", same: bool = False, base: Path | None = None
+) -> Case:
+    """A case of loading `folder` as the golden case `name`; with `same` its answers must be the golden ones."""
+    _, expected, texts, answers = golden_case(name)
+
+    def run() -> Any:
+        model = load_golden(folder, name, expected, base)
+        return model, model.answer(texts, max_new_tokens=4)
+
+    def wrong(found: Any) -> str:
+        model, said = found
+        if same and said != answers:
+            return f"answers {said}, expected {answers}"
+        states = model.rollout(model.encode(texts)).states
+        return "" if bool(states.isfinite().all()) else "states that are not finite"
+
+    return Case(f"{name}: {what}", named or str(folder.parent), run, wrong, must)
+
+
+def store(folder: Path, state: dict[Any, Any], rng: random.Random) -> None:
+    """Write a state dict in place of the one of a folder: one file or shards, .bin or .safetensors."""
+    import torch
+    from safetensors.torch import save_file
+
+    for old in ("pytorch_model.bin", "model.safetensors"):
+        (folder / old).unlink(missing_ok=True)
+    plain = all(isinstance(value, torch.Tensor) for value in state.values())
+    tensors = {key: value.contiguous().clone() for key, value in state.items()} if plain else {}
+    kind = rng.choice(("bin", "safetensors", "shards")) if plain else "bin"
+    if kind == "bin":
+        torch.save(tensors or state, folder / "pytorch_model.bin")
+    elif kind == "safetensors":
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        at = {key: f"model-{rng.randint(1, 3)}.safetensors" for key in sorted(tensors)}
+        for shard in set(at.values()):
+            save_file({key: tensors[key] for key in tensors if at[key] == shard}, folder / shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": at}))
+
+
+def copied_case(rng: random.Random, folder: Path) -> tuple[str, Path, dict[str, Any]]:
+    name = rng.choice(CASES)
+    checkpoint = folder / "checkpoint"
+    shutil.copytree(GOLDEN / name / "checkpoint", checkpoint)
+    return name, checkpoint, dict(golden_case(name)[0])
+
+
+def spoilt_key(rng: random.Random, folder: Path) -> Case:
+    """One key dropped, added, renamed, reshaped, or with numbers that are none."""
+    import torch
+
+    name, checkpoint, state = copied_case(rng, folder)
+    key = rng.choice(sorted(state))
+    value, named = state[key], key
+    how = rng.choice(("drop", "add", "rename", "reshape", "nan", "dtype"))
+    must = "refused"
+    if how == "drop":
+        del state[key]
+        must = "" if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")) else must
+    elif how == "add":
+        named = rng.choice(
+            (f"{key}.extra", f"{WRAPPER}model.layers.7.bias", "prj.4.weight", "codi.x", "", "optimizer.a")
+        )
+        state[named] = torch.zeros(2)
+    elif how == "rename":
+        del state[key]
+        named = rng.choice((f"x.{key}", key.upper(), key.replace("weight", "wieght") + "_", key[::-1]))
+        state[named] = value
+    elif how == "reshape":
+        shapes = [
+            value[:-1],
+            value[..., :-1],
+            value[None],
+            value.flatten(),
+            value.repeat(*[2] * value.dim()),
+            value[:0],
+        ]
+        state[key] = rng.choice([x for x in shapes if x.shape != value.shape])
+    elif how == "nan":
+        state[key] = value.clone()
+        state[key].view(-1)[rng.randrange(value.numel())] = rng.choice((math.nan, math.inf, -math.inf))
+    else:
+        state[key] = value.to(rng.choice((torch.int64, torch.bool, torch.int8)))
+    store(checkpoint, state, rng)
+    return checkpoint_case(checkpoint, name, f"{how} {key}", must, named)
+
+
+def harmless_checkpoint(rng: random.Random, folder: Path) -> Case:
+    """Other names, wrappings, buffers, rows, ranks and formats that mean the same."""
+    import torch
+
+    name, checkpoint, state = copied_case(rng, folder)
+    ways = rng.sample(("prefix", "inside", "rows", "rank", "buffers", "wrap", "adapter"), rng.randint(1, 4))
+    if "rank" in ways:
+        key = rng.choice(sorted(key for key in state if "lora_A" in key))
+        other = key.replace("lora_A", "lora_B")
+        state[key] = torch.cat([state[key], state[key]])
+        state[other] = 2 * torch.cat([state[other], torch.zeros_like(state[other])], dim=1)
+    if "rows" in ways and name != "llama_answer_only":
+        for key in [key for key in state if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))]:
+            state[key] = torch.cat([state[key], state[key][:5]])
+    if "buffers" in ways:
+        at = "transformer.h.1.attn.masked_bias" if "gpt2" in name else "model.layers.0.self_attn.rotary_emb.inv_freq"
+        state[WRAPPER + at] = torch.ones(4)
+    if "adapter" in ways and "rank" not in ways:
+        config = {"r": golden_case(name)[1]["lora_r"], "lora_alpha": rng.choice((1, 7.5)), "lora_dropout": 0.1}
+        (checkpoint / "adapter_config.json").write_text(json.dumps(config))
+    if "inside" in ways:
+        state = {key.replace(WRAPPER, f"{WRAPPER}_orig_mod."): value for key, value in state.items()}
+    if "prefix" in ways:
+        before = rng.choice(("module.", "_orig_mod.", "module._orig_mod."))
+        state = {before + key: value for key, value in state.items()}
+    whole: dict[str, Any] = {rng.choice(("state_dict", "model")): state, "step": 3} if "wrap" in ways else state
+    store(checkpoint, whole, rng)
+    return checkpoint_case(checkpoint, name, "harmless: " + ", ".join(ways), "read", same=True)
+
+
+NASTY_SETTINGS: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 2.5, 1e400, 10**30, "", "x", "base", "original", "(", [], [1], {}, {"a": 1}, [["a"]]),
+)
+
+
+def spoilt_settings(rng: random.Random, folder: Path) -> Case:
+    """codi.json, adapter_config.json, the configurations and tokenizers: values of any kind."""
+    name, checkpoint, _ = copied_case(rng, folder)
+    base = folder / "base"
+    shutil.copytree(GOLDEN / name / "base", base)
+    adapter = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
+    files: dict[Path, tuple[str, ...]] = {
+        checkpoint / "codi.json": ("base", "protocol", "lora_r", "lora_alpha", "n_latents", "prj_dim"),
+        checkpoint / "adapter_config.json": (*adapter, "layers_to_transform", "modules_to_save", "use_dora", "bias"),
+        base / "config.json": (),
+        base / "tokenizer_config.json": (),
+        base / "tokenizer.json": (),
+        checkpoint / "tokenizer.json": (),
+    }
+    path = rng.choice([path for path in files if path.exists() or files[path]])
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for _ in range(rng.randint(1, 3)):
+        content[rng.choice(files[path] or tuple(content))] = rng.choice(NASTY_SETTINGS)
+    path.write_text(json.dumps(content))
+    return checkpoint_case(checkpoint, name, f"values of {path.name}", "", str(folder), base=base)
+
+
+def spoilt_bytes(rng: random.Random, folder: Path) -> Case:
+    """A file of the checkpoint or its base cut, emptied, overwritten or swapped for another."""
+    name, checkpoint, _ = copied_case(rng, folder)
+    base = folder / "base"
+    shutil.copytree(GOLDEN / name / "base", base)
+    files = [path for path in (*checkpoint.iterdir(), base / "config.json", base / "tokenizer.json") if path.is_file()]
+    path = rng.choice(sorted(files))
+    data = path.read_bytes()
+    how = rng.choice(("cut", "empty", "bytes", "pointer", "other", "gone"))
+    place = rng.randrange(len(data))
+    if how == "gone":
+        path.unlink()
+    else:
+        head = min(place, 400) if rng.random() < 0.5 else place
+        new = {
+            "cut": data[:place],
+            "empty": b"",
+            "bytes": data[:head] + rng.choice(NASTY_BYTES) + data[head + rng.randint(0, 9) :],
+            "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "other": rng.choice(sorted(files)).read_bytes(),
+        }[how]
+        path.unlink()
+        path.write_bytes(new)
+    return checkpoint_case(checkpoint, name, f"{how} {path.relative_to(folder)}", "", str(folder), base=base)
+
+
 SUBJECTS: dict[str, tuple[Subject, ...]] = {
     "files": (*(broken_records,) * 8, *(harmless,) * 4, *(broken_bytes,) * 8),
     "folders": (broken_folder,),
+    "checkpoints": (*(spoilt_key,) * 3, *(harmless_checkpoint,) * 2, *(spoilt_settings,) * 2, *(spoilt_bytes,) * 2),
 }
-"""What `--files 5000` and `--folders 100` make, by name; a subject that is listed more often is drawn more often."""
+"""What `--files 5000`, `--folders 100` and `--checkpoints 500` make, by name; a subject that is listed more often is
+drawn more often."""
 
 
 def run(

@@ -9,13 +9,16 @@ import pytest
 import torch
 from planted import planted_model, planted_split
 
-from experiments.latents.anchors import Config, receiver_heads, run
-from experiments.study.shared import Result
+from experiments.latents.anchors import run
+from experiments.latents.anchors_measures import edge, hidden_latent, receiver_heads, resampled_at
+from experiments.latents.options import AnchorsOptions
+from experiments.statistics.effects import row_of
+from experiments.study.result import Result
 from steering.replacements import HideSlots
 
 
 def found(out: Path, carrier: str) -> Result:
-    config = Config(out=out, draws=1, resamples=200, permutations=500, shuffles=200, task="planted")
+    config = AnchorsOptions(out=out, draws=1, resamples=200, permutations=500, shuffles=200, task="planted")
     return run(config, planted_model(carrier, attention="eager"), planted_split())  # type: ignore[arg-type]
 
 
@@ -23,33 +26,33 @@ def test_planted_latents_are_anchors(tmp_path: Path) -> None:
     result = found(tmp_path / "run", "latents")
     tables = result.tables
     for level in ("vector", "slot"):
-        importance = tables["importance_kl"].set_index("condition")
-        flips = tables["importance_flip"].set_index("condition")
         for k in range(1, 7):
-            row, flip = importance.loc[f"{level} unmatched {k}"], flips.loc[f"{level} unmatched {k}"]
+            chosen = resampled_at(level, "unmatched", k)
+            row, flip = row_of(tables["importance_kl"], chosen), row_of(tables["importance_flip"], chosen)
             assert row["reference_mean"] == pytest.approx(0, abs=1e-4)  # the same key changes nothing
             assert (row["difference"] > 0.5 and row["q"] < 0.05) == (k in (2, 4)), (level, k)
             assert (flip["difference"] > 0.5) == (k in (2, 4))
-    edges = tables["edges_kl"].set_index("condition")["mean"]
-    carried = {name for name, kl in edges.items() if kl > 0.5}
+    edges = tables["edges_kl"]
+    carried = edges.loc[edges["mean"] > 0.5, ["hidden", "source", "reader", "target"]].to_dict("records")
     # the answer reads latents 2 and 4; latent 1 and latent 3 read the prompt
-    assert carried == {
-        *("2 > answer", "4 > answer", "2 > all", "4 > all"),
-        *("prompt > 1", "prompt > 3", "question > 1", "question > 3"),
-    }
+    expected = [hidden_latent(k, reader) for k in (2, 4) for reader in ("answer", "all")]
+    expected += [edge(source, k) for k in (1, 3) for source in ("prompt", "question")]
+    assert len(carried) == len(expected) and all(one in carried for one in expected)
     heads = tables["heads"].set_index(["layer", "head"])
     assert heads.loc[(1, 1), "top"] == 2 and heads.loc[(1, 2), "top"] == 4
     assert (heads.loc[1, "q"] < 0.05).all() and (heads.loc[2, "q"] > 0.05).all()
+    assert Result.read(result.path).markdown() == result.text
 
 
 def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
     tables = found(tmp_path / "run", "prompt").tables
     assert (tables["importance_flip"]["difference"] == 0).all()
     assert tables["importance_kl"]["difference"].abs().max() < 1e-4
-    edges = tables["edges_kl"].set_index("condition")["mean"]
-    assert edges["prompt > answer"] > 0.5
-    assert edges["question > answer"] > 0.5
-    assert edges.drop(["prompt > answer", "question > answer"]).max() < 1e-4
+    edges = tables["edges_kl"]
+    read = edges["hidden"].isin(["prompt", "question"]) & (edges["reader"] == "answer")
+    assert row_of(edges, edge("prompt", "answer"))["mean"] > 0.5
+    assert row_of(edges, edge("question", "answer"))["mean"] > 0.5
+    assert read.sum() == 2 and edges.loc[~read, "mean"].max() < 1e-4
 
 
 def test_hidden_slots() -> None:
@@ -76,4 +79,4 @@ def test_receiver_heads_hold_their_level() -> None:
 
 def test_needs_eager_attention(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="eager"):
-        run(Config(out=tmp_path / "run"), planted_model(), planted_split())
+        run(AnchorsOptions(out=tmp_path / "run"), planted_model(), planted_split())

@@ -15,10 +15,11 @@ from simulated_sweep import simulate_trials
 from statsmodels.stats.anova import anova_lm
 
 from experiments.statistics.clusters import Settings
+from experiments.study.edits.cells import CELL_COLUMNS, cell_statistics, control_statistics
+from experiments.study.edits.pairing import mirror
 from experiments.sweep import recompute
 from experiments.sweep.analysis import analyse
-from experiments.sweep.cells import CELL_COLUMNS, cell_statistics, control_statistics
-from experiments.sweep.pairing import mirror
+from experiments.sweep.options import StatsOptions
 from experiments.sweep.structure import (
     marginal_effects,
     rank_consistency,
@@ -375,16 +376,16 @@ def test_a_run_folder_is_recomputed_from_its_trials_alone(trials: pd.DataFrame, 
     half = len(trials) // 2
     trials.iloc[:half].to_parquet(tmp_path / "trials" / "part-00000.parquet")
     trials.iloc[half:].to_parquet(tmp_path / "trials" / "part-00001.parquet")
-    recompute.main(recompute.StatsConfig(tmp_path, recompute.Overrides(300, 300)))
+    recompute.main(StatsOptions(tmp_path, resamples=300, permutations=300))
     assert "baseline" in capsys.readouterr().out.lower()
     written = pd.read_parquet(tmp_path / "cells.parquet")
     pd.testing.assert_frame_equal(written, cell_statistics(trials, FAST))
     first = (tmp_path / "cells.csv").read_bytes()
-    recompute.main(recompute.StatsConfig(tmp_path))  # the settings are those of the folder
+    recompute.main(StatsOptions(tmp_path))  # the settings are those of the folder
     assert (tmp_path / "cells.csv").read_bytes() == first
     assert not list(tmp_path.rglob(".*")), "no temporary file is left"
     assert recompute.settings_of(tmp_path) == FAST
-    assert recompute.settings_of(tmp_path, recompute.Overrides(seed=5)) == Settings(300, 300, seed=5)
+    assert recompute.settings_of(tmp_path, StatsOptions(tmp_path, seed=5)) == Settings(300, 300, seed=5)
     (tmp_path / "statistics" / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="settings.json is damaged"):
         recompute.settings_of(tmp_path)

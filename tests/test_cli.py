@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
-from experiments.commands import Command
+from experiments.commands import Command, command_of_module
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = '''
@@ -182,6 +182,46 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not set("│╭╰─") & set(err)
 
 
+def test_an_option_that_is_nearly_right_is_named(studies: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = codi(capsys, "study", "--limt", "3")
+    assert code == 2 and "Unrecognized options: --limt, 3 (did you mean --limit?)" in err and err.count("\n") == 1
+    assert "did you mean" not in codi(capsys, "study", "--zzzz")[2]
+    assert "did you mean --derivation" in codi(capsys, "necessity", "--derivaton", "3")[2]
+
+
+def in_a_process(code: str, **environment: str) -> list[str]:
+    """Lines that Python code prints in a process without the settings of OpenMP, but with these."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**kept, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_threads_that_wait_give_way_unless_the_user_says_otherwise() -> None:
+    """Set before torch is imported, which reads it then."""
+    code = (
+        "import os, sys\nfrom experiments import cli\n"
+        "cli.COMMANDS['x'] = cli.Command('experiments.study.options:Options', 'os:abort', '…')\n"
+        "cli.Command.load_function = lambda command: lambda options: print('torch' in sys.modules)\n"
+        "cli.main(['x'])\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    assert in_a_process(code) == ["False", "1000"]
+    assert in_a_process(code, GOMP_SPINCOUNT="7") == ["False", "7"]
+    assert in_a_process(code, OMP_WAIT_POLICY="active") == ["False", "None"]
+
+
+@pytest.mark.parametrize("early", ["", "import torch\n"])
+def test_threads_are_those_that_were_asked_for(early: str) -> None:
+    code = (
+        f"{early}from experiments import cli\n"
+        "cli.COMMANDS['x'] = cli.Command('experiments.study.options:RunOptions', 'os:abort', '…')\n"
+        "def run(options):\n    import torch\n    print(options.threads, torch.get_num_threads())\n"
+        "cli.Command.load_function = lambda command: run\ncli.main(['x', '--threads', '1'])"
+    )
+    assert in_a_process(code, OMP_NUM_THREADS="2") == ["1 1"]
+
+
 def test_a_narrow_terminal_breaks_no_message(
     studies: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,3 +313,10 @@ def test_every_study_is_also_a_module(name: str) -> None:
     guard = ast.parse(source).body[-1]
     assert isinstance(guard, ast.If) and "__main__" in ast.unparse(guard.test)
     assert "run_module(__name__)" in ast.unparse(guard) or "run(main, " in ast.unparse(guard)
+
+
+def test_a_room_runs_as_the_command_that_it_is() -> None:
+    found = {module: command_of_module(f"experiments.{module}") for module in ("evaluate", "train", "sweep", "page")}
+    assert found == {"evaluate": "eval", "train": "train", "sweep": "sweep", "page": "findings"}
+    assert command_of_module("experiments.latents.necessity") == "necessity"
+    assert command_of_module("experiments.latents") is None  # several commands, none of its name

@@ -17,8 +17,9 @@ from pretend_cuda import OnDevice, pretend_cuda
 from codi import LatentRollout, load_codi
 from codi.branches import decode_branches
 from codi.edits import Branches, EditTable
-from experiments.sweep.run import SweepConfig, sweep
-from experiments.sweep.trials import read_trials
+from experiments.study.edits.trials import read_trials
+from experiments.sweep.options import SweepOptions
+from experiments.sweep.run import sweep
 
 pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="pretends on builds of PyTorch without CUDA")
 
@@ -130,7 +131,7 @@ def test_branches(tiny_checkpoint, space, timing, drafts):
 
 
 def test_a_sweep(tiny_checkpoint, tmp_path):
-    options = SweepConfig(
+    options = SweepOptions(
         out=tmp_path / "cpu",
         space=("kv", "embedding"),
         limit=4,

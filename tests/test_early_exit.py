@@ -9,8 +9,19 @@ import pandas as pd
 import pytest
 from planted import planted_model, planted_split
 
-from experiments.latents.early_exit import Config, calibration, chosen_threshold, policies, run, stops_at
+from experiments.latents.early_exit import (
+    after,
+    calibration,
+    chosen_threshold,
+    fixed,
+    policies,
+    policy,
+    run,
+    stops_at,
+)
+from experiments.latents.options import EarlyExitOptions
 from experiments.statistics.clusters import Settings
+from experiments.statistics.effects import row_of
 
 
 def trials(right: list[list[int]], confidence: list[list[float]]) -> pd.DataFrame:
@@ -19,22 +30,21 @@ def trials(right: list[list[int]], confidence: list[list[float]]) -> pd.DataFram
     for i, (good, sure) in enumerate(zip(right, confidence, strict=True)):
         for k, (one, p) in enumerate(zip(good, sure, strict=True)):
             text = "7" if one else f"{i}{k}"
-            rows.append({"prompt_id": f"p{i}", "cluster": f"c{i}", "condition": str(k), "latent": k, "text": text,
+            rows.append({"prompt_id": f"p{i}", "cluster": f"c{i}", "n_latents": k, "text": text,
                          "correct": bool(one), "confidence": p})  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def test_the_planted_model_is_done_after_latent_4(tmp_path: Path) -> None:
-    config = Config(out=tmp_path / "run", resamples=200, permutations=200, draws=2, task="planted")
+    config = EarlyExitOptions(out=tmp_path / "run", resamples=200, permutations=200, draws=2, task="planted")
     found = run(config, planted_model("latents"), planted_split())
-    exits = found.tables["exits"].set_index("condition")["mean"]
-    assert [exits[str(k)] for k in range(7)] == [0, 0, 0, 0, 1, 1, 1]
-    agreement = found.tables["agreement"].set_index("condition")["mean"]
-    assert agreement["4"] == 1 and agreement["3"] == 0
-    cost = found.tables["cost"].set_index("condition")["mean"]
-    assert cost["oracle"] == 4 and cost["fixed 6"] == 6
-    steps = found.tables["steps"].set_index("condition")
-    assert steps.loc["4", "fwer_p"] < 0.05 and (steps.drop("4")["p"] == 1).all()
+    assert [row_of(found.tables["exits"], after(k))["mean"] for k in range(7)] == [0, 0, 0, 0, 1, 1, 1]
+    agreement = found.tables["agreement"].set_index("n_latents")["mean"]
+    assert agreement[4] == 1 and agreement[3] == 0
+    cost = found.tables["cost"]
+    assert row_of(cost, policy("oracle"))["mean"] == 4 and row_of(cost, fixed(6))["mean"] == 6
+    steps = found.tables["steps"].set_index("n_latents")
+    assert steps.loc[4, "fwer_p"] < 0.05 and (steps.drop(4)["p"] == 1).all()
 
 
 def test_calibration_by_hand() -> None:
@@ -64,14 +74,13 @@ def test_threshold_comes_from_the_derivation_prompts() -> None:
     threshold = chosen_threshold(good, 0.0)
     assert 0.4 < threshold <= 0.8
     assert stops_at(good, threshold).tolist() == [1, 0, 2]
-    config = Config(draws=50, allowed_loss=0.0)
-    stopped, used = policies(good, good, config)
+    stopped, used = policies(good, good, allowed_loss=0.0, patience=1, draws=50, seed=0)
     assert used == threshold
-    accuracy = stopped.groupby("condition")["correct"].mean()
-    latents = stopped.groupby("condition")["latents"].mean()
-    assert accuracy["confidence"] == accuracy["fixed 2"] == 1 and latents["confidence"] == 1
+    means = stopped.groupby(["policy", "n_latents", "shuffled"], as_index=False)[["correct", "latents"]].mean()
+    chosen, control = row_of(means, policy("confidence")), row_of(means, policy("confidence", shuffled=True))
+    assert chosen["correct"] == row_of(means, fixed(2))["correct"] == 1 and chosen["latents"] == 1
     # the control: the same number of latents, dealt out to other prompts, loses
-    assert latents["confidence, shuffled"] == 1 and accuracy["confidence, shuffled"] < 0.9
+    assert control["latents"] == 1 and control["correct"] < 0.9
     # confidence that says nothing saves nothing
     blind = trials([[0, 1], [0, 1]], [[0.9, 0.1], [0.9, 0.1]])
     assert np.isinf(chosen_threshold(blind, 0.0)) and stops_at(blind, np.inf).tolist() == [1, 1]
@@ -79,6 +88,6 @@ def test_threshold_comes_from_the_derivation_prompts() -> None:
 
 def test_refuses_impossible_options() -> None:
     with pytest.raises(ValueError, match="allowed-loss"):
-        Config(allowed_loss=1.5)
+        EarlyExitOptions(allowed_loss=1.5)
     with pytest.raises(ValueError, match="patience"):
-        Config(patience=0)
+        EarlyExitOptions(patience=0)

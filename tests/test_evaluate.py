@@ -12,7 +12,10 @@ import pytest
 
 from codi import CodiModel
 from experiments import cli
-from experiments.evaluate import Config, accuracy_table, evaluate, markdown
+from experiments.evaluate.accuracy import accuracy_table, markdown
+from experiments.evaluate.options import EvalOptions
+from experiments.study.modes import evaluate
+from experiments.study.result import Result
 from experiments.tasks import Problem, extract_answer
 
 TEXTS = ["3+4=?", "Tom has 12 pens and buys 30 more. How many pens?", "9-2", "1 2 3 4 5 6 7 8 9 10 11?", "x", "8*8*8"]
@@ -126,6 +129,7 @@ def test_by_number_of_steps() -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()  # what making the checkpoint said
     code = 0
     options = ["--model", str(folder / "checkpoint"), "--base", str(folder / "base"), "--device", "cpu"]
     try:
@@ -185,7 +189,7 @@ def test_suffix_of_the_protocol_is_asked_unless_turned_off(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--task", "nope"), "unknown task 'nope'; allowed: arithmetic"),
+        (("--task", "nope"), "unknown task 'nope': no such file or folder; allowed: arithmetic"),
         (("--task", "arithmetic", "--split", "valid"), "split must be one of"),
         (("--latents", "-1"), "latents must be 0 or more, got -1"),
         (("--latents", "six"), "cannot read 'six'"),
@@ -206,6 +210,33 @@ def test_mistakes_are_one_line(
 
 def test_configuration_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="at least one of"):
-        Config(modes=())
+        EvalOptions(modes=())
     with pytest.raises(ValueError, match=r"answers must end in \.csv"):
-        Config(answers=Path("a.json"))
+        EvalOptions(answers=Path("a.json"))
+
+
+def test_a_folder_is_a_run_like_any_other(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same numbers as without one; result.json; goes on; other options are refused with the difference."""
+    folder, rows, table = tmp_path / "run-1.5", tmp_path / "rows.csv", tmp_path / "table.csv"
+    options = ["--limit", "6", "--latents", "0", "2", "--max-new-tokens", "3", "--seed", "3"]
+    code, printed, err = run(capsys, tiny_checkpoint(), *options, "--out", str(folder), "--answers", str(rows))
+    assert code == 0, err
+    result = Result.read(folder)
+    assert printed == result.markdown() + "\n" and result.study == "eval"
+    assert "arithmetic, split test, 6 problems in 6 clusters" in printed
+    assert {path.stem for path in (folder / "trials").iterdir()} == {
+        "part-answers-latent", "part-answers-direct", "part-answers-verbal",
+    }  # fmt: skip
+    files = tiny_checkpoint()
+    code, alone, err = run(capsys, files, *options, "--out", str(table), "--answers", str(tmp_path / "others.csv"))
+    assert code == 0, err
+    assert table.read_bytes() == (folder / "accuracy.csv").read_bytes()
+    assert rows.read_bytes() == (tmp_path / "others.csv").read_bytes()
+    assert alone.strip() in printed  # the folder's last line apart
+    modified = (folder / "trials" / "part-answers-latent.parquet").stat().st_mtime_ns
+    assert run(capsys, files, *options, "--out", str(folder), "--batch-size", "2")[0] == 0
+    assert (folder / "trials" / "part-answers-latent.parquet").stat().st_mtime_ns == modified
+    code, out, err = run(capsys, files, *options, "--out", str(folder), "--temperature", "1")
+    assert (code, out) == (2, "") and "options.temperature: 0.0 -> 1.0" in err and err.count("\n") == 1

@@ -392,7 +392,7 @@ def test_the_rule_bites(line: str) -> None:
 def test_names_can_be_taken_without_waiting_for_matplotlib() -> None:
     code = (
         "import sys, experiments.figures.style, experiments.figures.series, experiments.figures.heatmap, "
-        "experiments.sweep.draw, experiments.study.shared, experiments.alternation.run, experiments.latents.probes\n"
+        "experiments.sweep.draw, experiments.study.run, experiments.alternation.run, experiments.latents.probes\n"
         "print([name for name in ('matplotlib', 'seaborn') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -25,6 +25,12 @@ def test_a_slice_of_broken_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert failures == [] and sum(outcomes.values()) == 8
 
 
+def test_a_slice_of_broken_checkpoints() -> None:
+    outcomes, failures = fuzz.run("checkpoints", 40, seed=1)
+    assert failures == []
+    assert outcomes["refused"] > 10 and outcomes["read"] > 5 and sum(outcomes.values()) == 40
+
+
 def test_a_case_can_be_made_again(tmp_path: Path) -> None:
     found = []
     for name in ("one", "two"):

@@ -59,8 +59,6 @@ def test_branches_equal_interventions(codi_model, batch, run, means, space, timi
             edit.latent,
             edit.coefficient,
             part=edit.part,
-            model=codi_model,
-            prompts=batch,
         )
         steered = codi_model.rollout(batch, edit.latent if timing == "early-exit" else N, [change])
         expected = logits(codi_model, steered)
@@ -71,7 +69,7 @@ def test_branches_equal_interventions(codi_model, batch, run, means, space, timi
 @pytest.mark.parametrize("space", SPACES)
 def test_coefficient_zero_is_bit_identical_to_no_edit(codi_model, batch, run, means, space):
     direction = difference(means, 2, 1, space)
-    change = AddDirection(direction, 2, 0.0, model=codi_model, prompts=batch)
+    change = AddDirection(direction, 2, 0.0)
     again = codi_model.rollout(batch, N, [change])
     for name in ("states", "embeddings", "keys", "values"):
         assert torch.equal(getattr(again, name), getattr(run, name))
@@ -79,15 +77,13 @@ def test_coefficient_zero_is_bit_identical_to_no_edit(codi_model, batch, run, me
     answers = decode_branches(codi_model, run, edit_table([direction]), rows, max_new_tokens=1, keep_first_logits=True)
     both = answers.first_logits.reshape(len(run), 2, -1)
     assert torch.equal(both[:, 0], both[:, 1]) and answers.applied_norm.abs().max() == 0
-    steered = codi_model.rollout(batch, N, [AddDirection(direction, 2, 1.0, model=codi_model, prompts=batch)])
+    steered = codi_model.rollout(batch, N, [AddDirection(direction, 2, 1.0)])
     assert not torch.equal(steered.states[:, 3], run.states[:, 3])
 
 
 def test_earlier_latents_and_the_edited_one(codi_model, batch, run, means):
     """A slot edit shows from the next latent on; an embedding edit at the latent itself; nothing before changes."""
-    kv = codi_model.rollout(
-        batch, N, [AddDirection(difference(means, 1, 4, "kv"), 2, 1.0, model=codi_model, prompts=batch)]
-    )
+    kv = codi_model.rollout(batch, N, [AddDirection(difference(means, 1, 4, "kv"), 2, 1.0)])
     assert torch.equal(kv.states[:, :3], run.states[:, :3]) and not torch.equal(kv.states[:, 3], run.states[:, 3])
     z = codi_model.rollout(batch, N, [AddDirection(difference(means, 1, 4, "embedding"), 2, 1.0)])
     assert torch.equal(z.states[:, :2], run.states[:, :2]) and not torch.equal(z.states[:, 2], run.states[:, 2])
@@ -98,7 +94,7 @@ def test_the_slot_gets_what_the_formula_says(codi_model, batch, run, means):
     from codi.rope import rotate
 
     direction = difference(means, 4, 1, "kv")
-    change = AddDirection(direction, 2, -2.0, key_scale=0.5, value_scale=3.0, model=codi_model, prompts=batch)
+    change = AddDirection(direction, 2, -2.0, key_scale=0.5, value_scale=3.0)
     steered = codi_model.rollout(batch, 2, [change])
     positions = (run.prompt_lengths + 1)[:, None, None]
     turned = rotate(direction.keys.expand(len(run), -1, -1, -1), positions, codi_model)
@@ -170,8 +166,8 @@ def test_an_edit_that_changes_nothing_is_an_error(codi_model, run, means):
 
 
 def test_mistakes(means):
-    with pytest.raises(ValueError, match="model= and prompts="):
-        AddDirection(difference(means, 1, 2, "kv"), 1)
+    with pytest.raises(TypeError, match="prompts"):  # rotated in the run, whatever the prompts
+        AddDirection(difference(means, 1, 2, "kv"), 1, prompts=None)
     with pytest.raises(ValueError, match="latent must be 1 or more, got 0"):
         AddDirection(difference(means, 1, 2, "embedding"), 0)
     with pytest.raises(ValueError, match="got kv"):

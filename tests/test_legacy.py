@@ -15,11 +15,12 @@ import torch
 
 from codi import CodiModel
 from codi.branches import decode_branches
+from experiments.study.edits.grid import Grid, conditions, directions
+from experiments.study.edits.trials import read_trials
 from experiments.study.folder import RunFolder
 from experiments.study.thoughts import collect_means
-from experiments.sweep.grid import GridOptions, conditions, directions
-from experiments.sweep.run import SweepConfig, sweep
-from experiments.sweep.trials import read_trials
+from experiments.sweep.options import SweepOptions
+from experiments.sweep.run import sweep
 from experiments.tasks import Problem, load_task
 from steering.interventions import branches, edit_table
 from steering.means import LatentMeans
@@ -66,7 +67,7 @@ def means(model, problems) -> dict[str, LatentMeans]:
 @pytest.fixture(scope="module")
 def trials(model, case, prompts, tmp_path_factory) -> pd.DataFrame:
     """The trial table of a legacy sweep over the golden coefficients."""
-    config = SweepConfig(
+    config = SweepOptions(
         prompts=prompts,
         out=tmp_path_factory.mktemp("run") / "legacy",
         limit=None,
@@ -125,13 +126,14 @@ def test_sweep_gives_the_golden_argmax_grid(trials, case, problems, space):
 @pytest.mark.parametrize("space", ["kv", "embedding"])
 def test_logits_are_those_of_the_scripts(model, means, case, problems, space, engine):
     name = {"kv": "kv_steer", "embedding": "embed_steer"}[space]
-    options = GridOptions(
+    options = Grid(
         spaces=(space,),
         pairs=tuple((a, b) for a, b in case.expected["pairs"][:2]),
         coefficients=(-1.0, 0.5, 1.0),
         controls=(),
         keys="raw",
-        legacy=True,
+        formula="published",
+        extra_latents=1,
     )
     table = edit_table(directions(options, space, means[space]))
     run = model.rollout(model.encode([problem.question for problem in problems[:2]]), 7)
@@ -158,17 +160,17 @@ def test_logits_are_those_of_the_scripts(model, means, case, problems, space, en
 
 def test_sign_of_the_label(model, means):
     """Label "A-B" adds mean_B − mean_A in legacy mode; the corrected direction is its negative."""
-    options = GridOptions(spaces=("kv",), pairs=((1, 2),), controls=(), keys="raw", legacy=True)
+    options = Grid(spaces=("kv",), pairs=((1, 2),), controls=(), keys="raw", formula="published")
     (legacy,) = directions(options, "kv", means["kv"])
     torch.testing.assert_close(legacy.values, means["kv"].values[1] - means["kv"].values[0])
-    corrected = GridOptions(spaces=("kv",), pairs=((1, 2),), controls=(), keys="raw")
+    corrected = Grid(spaces=("kv",), pairs=((1, 2),), controls=(), keys="raw")
     torch.testing.assert_close(
         directions(corrected, "kv", means["kv"])[0].values, means["kv"].values[0] - means["kv"].values[1]
     )
 
 
 def test_manifest_says_what_was_done(model, prompts, tmp_path):
-    config = SweepConfig(
+    config = SweepOptions(
         prompts=prompts,
         out=tmp_path / "run",
         limit=None,

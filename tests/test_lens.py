@@ -13,17 +13,14 @@ import torch
 
 from codi import CodiModel
 from experiments import cli
-from experiments.lens import measures as lens_measures
-from experiments.lens import run as lens
-from experiments.lens.measures import (
-    detect,
-    difference_table,
-    latent_means,
-    number_spellings,
-    ranks,
-    value_frequencies,
-    word_spellings,
-)
+from experiments.lens.difference import difference_claims, difference_table, latent_means
+from experiments.lens.options import TOP, TrainOptions
+from experiments.lens.rates import answers, rates
+from experiments.lens.reading import detect
+from experiments.lens.saved import load_lens
+from experiments.lens.spellings import number_spellings, ranks, word_spellings
+from experiments.lens.train import training_options, value_frequencies
+from experiments.statistics.clusters import Settings
 from experiments.study.claims import Claim
 from experiments.tasks import Problem
 from lenses import AblateDirections, LatentLens, LensTraining, causal_basis, mean_ablated
@@ -104,8 +101,8 @@ def test_detection_is_what_the_lens_says(codi_model: CodiModel, problems: list[P
     assert found.divergence[..., -1].max() < 1e-5 < found.divergence[..., 1].min()
     log_p = codi_model.logits(run.states[0, 3]).log_softmax(-1)
     assert found.entropy[0, 4, 3, 3] == pytest.approx(float(-(log_p.exp() * log_p).sum()), rel=1e-4)
-    rates = found.rates(resamples=100)
-    by_k = rates[(rates["answered"] == "all")].pivot_table(
+    table = rates(found, Settings(resamples=100))
+    by_k = table[(table["answered"] == "all")].pivot_table(
         index=["latent", "layer", "target"], columns="k", values="rate"
     )
     assert (np.diff(by_k.to_numpy(), axis=1) >= 0).all()  # more tokens, never fewer finds
@@ -123,8 +120,8 @@ def test_a_planted_value_is_found_and_chance_is_not(codi_model: CodiModel, probl
 
     plain = LatentLens.plain(codi_model)
     found = detect(codi_model, [Says(plain.unembed, codi_model.n_layers)], problems, donors=11)
-    rates = found.rates(resamples=200)
-    row = rates[(rates["target"] == "answer") & (rates["k"] == 1) & (rates["answered"] == "all")].iloc[0]
+    table = rates(found, Settings(resamples=200))
+    row = table[(table["target"] == "answer") & (table["k"] == 1) & (table["answered"] == "all")].iloc[0]
     assert row["rate"] == pytest.approx(3 / 12)  # three of the twelve answers are 5
     # a prompt with another answer has 11 donors, of which those with its own answer or step as value are left out
     by_hand = []
@@ -152,7 +149,7 @@ def test_numbers_of_several_tokens_are_not_dropped(codi_model: CodiModel) -> Non
 
 def test_answers_stand_beside_their_training_frequency(codi_model: CodiModel, problems: list[Problem]) -> None:
     found = detect(codi_model, [LatentLens.plain(codi_model)], problems)
-    table = found.answers({5.0: (9, 2)})
+    table = answers(found, {5.0: (9, 2)})
     assert table["value"].tolist() == [3.0, 4.0, 5.0, 6.0] and table["n"].tolist() == [3, 3, 3, 3]
     row = table[table["value"] == 5].iloc[0]
     assert (row["trained_answers"], row["trained_steps"]) == (9, 2)
@@ -364,20 +361,19 @@ def test_detect(trained: Path, options: list[str], workplace: Path, capsys: pyte
         "--out",
         str(out),
     )
-    rates = pd.read_csv(out / "rates.csv")
-    assert set(rates["k"]) == set(range(1, 11)) and set(rates["target"]) == {
+    table = pd.read_csv(out / "rates.csv")
+    assert set(table["k"]) == set(range(1, 11)) and set(table["target"]) == {
         "step1",
         "step2",
         "steps",
         "answer",
         "question",
     }
-    assert ((rates["lower"] <= rates["rate"] + 1e-12) & (rates["rate"] <= rates["upper"] + 1e-12)).all()
+    assert ((table["lower"] <= table["rate"] + 1e-12) & (table["rate"] <= table["upper"] + 1e-12)).all()
     words = pd.read_csv(out / "words.csv")
     assert set(words["word"]) == {"therefore", "however", "because"} and (words["single_token_spellings"] == 0).all()
-    answers = pd.read_csv(out / "answers.csv")
     trained_values = pd.read_csv(trained / "training_values.csv").set_index("value")
-    for row in answers.itertuples():
+    for row in pd.read_csv(out / "answers.csv").itertuples():
         known = row.value in trained_values.index
         assert row.trained_answers == (trained_values.loc[row.value].iloc[0] if known else 0)
     assert len(pd.read_parquet(out / "readings.parquet")) == 2 * 12 * 7 * 4 * 5
@@ -391,7 +387,7 @@ def test_difference(trained: Path, options: list[str], workplace: Path) -> None:
     out = workplace / "difference"
     codi("difference", *options, "--lens", str(trained), "--limit", "20", "--out", str(out))
     table = pd.read_csv(out / "difference.csv", keep_default_na=False)
-    assert len(table) == 2 * 30 * 4 * lens_measures.TOP
+    assert len(table) == 2 * 30 * 4 * TOP
     assert len(list((out / "figures").glob("difference-layer-*.png"))) == 4
 
 
@@ -475,7 +471,7 @@ def test_lens_trained_elsewhere_is_not_read_here(trained: Path, tiny_checkpoint:
     other = tiny_checkpoint("gpt2")
     model = load_codi(other / "checkpoint", base=other / "base", protocol="answer-only", lora_alpha=2)
     with pytest.raises(ValueError, match="is a lens for d_model 32 and 3 layers"):
-        lens.load_lens(["each"], trained, model)
+        load_lens(["each"], trained, model)
 
 
 def test_interrupted_training_goes_on_where_it_was(
@@ -519,10 +515,10 @@ def test_interrupted_training_goes_on_where_it_was(
 
 
 def test_legacy_is_the_published_recipe() -> None:
-    options = lens.training_options(lens.Train(legacy=True))
+    options = training_options(TrainOptions(legacy=True))
     assert options.target == "published" and not options.early_stopping and options.rate(0) == options.rate(299) == 1e-3
     assert options.weight_decay == 0 and options.clip == float("inf")
-    default = lens.training_options(lens.Train())
+    default = training_options(TrainOptions())
     assert default.target == "output" and default.early_stopping and default.rate(299) < 1e-5
 
 
@@ -537,7 +533,7 @@ def test_parity_pattern_is_found_where_it_was_planted() -> None:
                 tokens = 10 * (2 * (a % 2) + b % 2) + np.arange(10) if planted else rng.choice(200, 10, replace=False)
                 rows += [("plain", a, b, 0, int(token)) for token in tokens if a != b]
         table = pd.DataFrame(rows, columns=["lens", "source", "target", "layer", "token_id"])
-        return lens.difference_claims(table, 50, 10)["S6, lens plain"]
+        return difference_claims(table, 50, 10)["S6, lens plain"]
 
     assert claim(8, True).verdict == "not held" and claim(8, True).estimate == pytest.approx(1.0)
     assert claim(8, False).verdict == "held"

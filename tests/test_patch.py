@@ -2,63 +2,87 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from planted import planted_model, planted_split
 
-from experiments.latents.patch.run import Config, run
-from experiments.study.shared import Result
+from codi import load_codi
+from experiments.latents.options import PatchOptions
+from experiments.latents.patch.interchange import moved
+from experiments.latents.patch.means import UNEDITED, replaced
+from experiments.latents.patch.plan import make_plan
+from experiments.latents.patch.run import STUDY, parts, run
+from experiments.latents.patch.values import patched
+from experiments.statistics.effects import row_of
+from experiments.study.manifest import fingerprint
+from experiments.study.parts import Workbench
+from experiments.study.result import Result
+from experiments.study.run import study_identity
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERY = range(1, 7)
 
 
-def patched(out: Path, carrier: str) -> Result:
-    config = Config(out=out, draws=1, resamples=200, permutations=200, task="planted")
-    return run(config, planted_model(carrier), planted_split(2))  # type: ignore[arg-type]
+def found_by_patching(out: Path, carrier: str) -> Result:
+    options = PatchOptions(out=out, draws=1, resamples=200, permutations=200, task="planted")
+    return run(options, planted_model(carrier), planted_split(2))  # type: ignore[arg-type]
 
 
 def test_planted_values_are_read(tmp_path: Path) -> None:
-    found = patched(tmp_path / "run", "latents").tables
-    means = found["means"].set_index(["condition", "reference"])
+    result = found_by_patching(tmp_path / "run", "latents")
+    found = result.tables
+    assert result.claims is not None and result.claims["C3"].verdict == "not held"  # it is latents 2 and 4
+    assert Result.read(result.path).markdown() == result.text
+    means = found["means"]
     for latent in range(1, 7):
         # the mean of the same key is the prompt's own content; that of another key is wrong where something is carried
-        assert means.loc[(f"same key {latent}", "none"), "difference"] == 0
-        change = means.loc[(f"other key {latent}", f"same key {latent}")]
+        assert row_of(means, replaced("same key", [latent]), UNEDITED)["difference"] == 0
+        change = row_of(means, replaced("other key", [latent]), replaced("same key", [latent]))
         assert (change["difference"] < -0.5 and change["fwer_p"] < 0.05) == (latent in (2, 4))
     for step, carrier in ((1, 2), (2, 4)):
         for scope in ("same template", "other templates"):
             for state in ("vector", "residual"):
                 for latent in range(1, 7):
-                    name = f"target step{step} {scope} {state} {latent}"
-                    row = found["values_local"].set_index("condition").loc[name]
+                    row = row_of(found["values_local"], patched("target", step, scope, state, latent))
                     expected = 1.0 if latent == carrier else 0.0
                     if state == "residual" and latent == carrier - 1:
                         expected = 1.0  # its h_k is what latent `carrier` is projected from
                     assert row["mean"] - row["reference_mean"] == pytest.approx(expected, abs=0.1), (row, latent)
-    donor = found["interchange_correct"].set_index("condition")
-    moved = {name: found[f"interchange_{name}_hit"].set_index("condition") for name in ("step1_local", "step2_local")}
+    donor = found["interchange_correct"]
     for latent in range(1, 7):
-        lost = donor.loc[f"other values {latent}", "difference"]
+        lost = row_of(donor, moved("other", ("values", -1), [latent]))["difference"]
         assert (lost < -0.5) == (latent in (2, 4))
-        assert donor.loc[f"twin slot {latent}", "difference"] == 0  # the control
-        assert donor.loc[f"other keys {latent}", "difference"] == 0  # keys carry no content in this model
-    assert moved["step1_local"].loc["other slot 2", "mean"] > 0.5 > moved["step1_local"].loc["other slot 4", "mean"]
-    assert moved["step2_local"].loc["other slot 4", "mean"] > 0.5 > moved["step2_local"].loc["other slot 2", "mean"]
-    whole = found["interchange_donor"].set_index("condition")
-    assert whole.loc["operation slot all", "mean"] == 1 and whole.loc["twin slot all", "reference_mean"] < 0.5
+        assert row_of(donor, moved("twin", ("slot", -1), [latent]))["difference"] == 0  # the control
+        # keys carry no content in this model
+        assert row_of(donor, moved("other", ("keys", -1), [latent]))["difference"] == 0
+    share = {
+        (name, latent): row_of(found[f"interchange_{name}_hit"], moved("other", ("slot", -1), [latent]))["mean"]
+        for name in ("step1_local", "step2_local")
+        for latent in (2, 4)
+    }
+    assert share["step1_local", 2] > 0.5 > share["step1_local", 4]
+    assert share["step2_local", 4] > 0.5 > share["step2_local", 2]
+    whole = found["interchange_donor"]
+    assert row_of(whole, moved("operation", ("slot", -1), EVERY))["mean"] == 1
+    assert row_of(whole, moved("twin", ("slot", -1), EVERY))["reference_mean"] < 0.5
 
 
 def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
-    result = patched(tmp_path / "run", "prompt")
+    result = found_by_patching(tmp_path / "run", "prompt")
     for name in ("values_hit", "interchange_donor", "interchange_correct"):
         table = result.tables[name]
         if name == "interchange_donor":
-            table = table[table["condition"].str.startswith(("other", "operation"))]
+            table = table[table["kind"].isin(("other", "operation"))]
             assert (table["mean"] == 0).all()
         else:
             assert (table["difference"] == 0).all() and (table["q"] == 1).all()
     verdicts = {claim.name: claim.verdict for claim in result.claims or ()}
-    assert verdicts["C3"] == "not held"
-    assert verdicts["C5 (same template, vector)"] == "not held"
+    # nothing moved in 24 clusters: that neither confirms the claims nor excludes effects of their size
+    assert verdicts["C3"] == "undecided"
+    assert verdicts["C5 (same template, vector)"] == "undecided"
 
 
 def test_refuses_prompts_of_another_form(tmp_path: Path) -> None:
@@ -67,4 +91,29 @@ def test_refuses_prompts_of_another_form(tmp_path: Path) -> None:
 
     other = Problem("p", "addition t0 a1 b1", 2, cluster="1")
     with pytest.raises(ValueError, match="of the form"):
-        run(Config(out=tmp_path / "run"), planted_model(), Split((other,), (other,)))
+        run(PatchOptions(out=tmp_path / "run"), planted_model(), Split((other,), (other,)))
+
+
+def test_refuses_a_task_of_another_form_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match="of the form .* got the task 'arithmetic'"):
+        PatchOptions(task="arithmetic").check_inputs()
+    with pytest.raises(ValueError, match="families must be among means, values, interchange, got noise"):
+        PatchOptions(families=("means", "noise"))
+
+
+def test_identity_is_that_of_earlier_runs() -> None:
+    """Fingerprint of a run folder with all options at their defaults, written before the study was data."""
+    model = load_codi(ROOT / "checkpoints" / "tiny")
+    options = PatchOptions()
+    identity = study_identity(options, model, STUDY.prompts(options, model.protocol.question_suffix))
+    assert fingerprint(identity) == "61f41f70c6b062a309a9d94e4eb23ccd79b2c38ff705a21a34b8ac6b026b8c23"
+
+
+def test_parts_are_plain_data(tmp_path: Path) -> None:
+    """A part is computed the same by whoever has it, the model and the prompts."""
+    model, prompts = planted_model(), planted_split(2)
+    plan = make_plan(PatchOptions(draws=1, task="planted"), model, prompts)
+    part = pickle.loads(pickle.dumps(parts(plan)[0]))
+    frame = part.run(Workbench(model, prompts))
+    assert set(frame) == set(part.schema.names)
+    pd.testing.assert_frame_equal(frame, parts(plan)[0].run(Workbench(model, prompts)))

@@ -10,8 +10,17 @@ import torch
 from planted import planted_model, planted_split
 from sklearn.decomposition import PCA
 
-from experiments.latents.pca.run import Config, _parity_interval, parity_share, principal_components, run
+from codi import load_codi
+from experiments.latents.options import PcaOptions
+from experiments.latents.pca.components import principal_components
+from experiments.latents.pca.parity import parity_interval, parity_share
+from experiments.latents.pca.run import STUDY, run
 from experiments.statistics.clusters import Settings, expanded_percentile
+from experiments.study.manifest import fingerprint
+from experiments.study.result import Result
+from experiments.study.run import study_identity
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("rows, features", [(40, 7), (6, 30)])
@@ -43,25 +52,32 @@ def test_interval_of_the_parity_lead_is_that_of_prompts_drawn_again() -> None:
         shares = [parity_share(scores[rows], group) for group in divisions]
         again.append(shares[0] - max(shares[1:]))
     expected = expanded_percentile(np.array(again)[:, None], 8)
-    np.testing.assert_allclose(_parity_interval(scores, divisions, clusters, settings), np.ravel(expected), atol=1e-12)
-    assert np.isnan(_parity_interval(scores[:, :1], [()], clusters, settings)).all()
+    np.testing.assert_allclose(parity_interval(scores, divisions, clusters, settings), np.ravel(expected), atol=1e-12)
+    assert np.isnan(parity_interval(scores[:, :1], [()], clusters, settings)).all()
 
 
 def test_study_on_a_planted_model(tmp_path: Path) -> None:
     options = {"draws": 4, "resamples": 100, "permutations": 100, "where_pairs": 6, "where_prompts": 12}
-    config = Config(out=tmp_path / "run", limit=None, task="planted", **options)  # type: ignore[arg-type]
-    result = run(config, planted_model("latents", attention="eager"), planted_split())
-    where = result.tables["where"].set_index(["condition", "measure"])["mean"]
+    chosen = PcaOptions(out=tmp_path / "run", limit=None, task="planted", **options)  # type: ignore[arg-type]
+    result = run(chosen, planted_model("latents", attention="eager"), planted_split())
+    means = result.tables["where"].set_index(["edit", "control", "measure", "layer"])["mean"]
+
+    def where(edit: str, measure: str, layer: int = -1) -> float:
+        return means[edit, "direction", measure, layer]
+
     # nothing after a latent reads the slots but the answer: the next latents do not see a KV edit
-    assert where["kv direction", "h_last"] == pytest.approx(0, abs=1e-4)
+    assert where("kv", "h_last") == pytest.approx(0, abs=1e-4)
     # on average latents differ in the address that their keys hold; the contents in their values are blurred and stay
     # below the threshold of the block that reads them: a KV edit acts through the keys, an embedding edit not at all
-    assert where["keys direction", "kl"] > 10 * where["values direction", "kl"]
-    assert where["kv direction", "kl"] > 10 * where["embedding direction", "kl"]
-    assert where["embedding direction", "eot_0"] == pytest.approx(0, abs=1e-4)  # the token itself is the same
+    assert where("keys", "kl") > 10 * where("values", "kl")
+    assert where("kv", "kl") > 10 * where("embedding", "kl")
+    assert where("embedding", "eot", 0) == pytest.approx(0, abs=1e-4)  # the token itself is the same
     verdicts = {claim.name: claim.verdict for claim in result.claims or ()}
     assert {"S4 (baseline)", "S5 (named cells)", "S7 (z)", "S8"} <= verdicts.keys()
     cells = result.tables["cells"]
+    # the best cell gains nothing, which 12 clusters cannot tell from a gain of two points
+    assert verdicts["S4 (baseline)"] == verdicts["S5 (any)"] == "undecided"
+    assert Result.read(result.path).markdown() == result.text
     assert not (cells["verdict"] == "improvement").any()  # it cannot be better than always right or hopeless
     assert sorted(p.name for p in (result.path / "figures").glob("*.png")) == [
         "components.png", "variance-steering.png", "where.png",
@@ -70,4 +86,12 @@ def test_study_on_a_planted_model(tmp_path: Path) -> None:
 
 def test_refuses_impossible_options() -> None:
     with pytest.raises(ValueError, match="where-pairs"):
-        Config(where_pairs=0)
+        PcaOptions(where_pairs=0)
+
+
+def test_identity_is_that_of_earlier_runs() -> None:
+    """Fingerprint of a run folder with all options at their defaults, written before the study was data."""
+    model = load_codi(ROOT / "checkpoints" / "tiny")
+    options = PcaOptions()
+    identity = study_identity(options, model, STUDY.prompts(options, model.protocol.question_suffix))
+    assert fingerprint(identity) == "507942e74fc10486732450ba5565dc76497c156a3a53ae13b6abe04009867a65"

@@ -20,8 +20,8 @@ from experiments.statistics.clusters import Settings
 from experiments.sweep import draw as plots
 from experiments.sweep.analysis import analyse
 from experiments.sweep.heatmaps import accuracy_heatmap
-from experiments.sweep.recompute import Overrides
-from experiments.sweep.views import View, views
+from experiments.sweep.options import PlotOptions
+from experiments.sweep.views import View, captions, views
 
 FAST = Settings(resamples=150, permutations=150)
 SMALL: dict = {"pairs": 3, "latents": (2, 5), "sizes": (1.0,), "draws": 3, "prompts": 40, "clusters": 20}
@@ -230,12 +230,15 @@ def test_a_run_folder(tmp_path: Path, capsys) -> None:
     trials = simulate_trials(**SMALL)
     (tmp_path / "trials").mkdir()
     trials.to_parquet(tmp_path / "trials" / "part-0.parquet")
-    plots.main(plots.PlotConfig(tmp_path, dpi=60, settings=Overrides(150, 150)))
+    plots.main(PlotOptions(tmp_path, dpi=60, resamples=150, permutations=150))
     files = sorted((tmp_path / "figures").iterdir())
     assert {file.suffix for file in files} == {".png", ".pdf"}
     assert len(files) == 2 * len({file.stem for file in files})
     assert sorted(capsys.readouterr().out.split()) == [str(file) for file in files]
     assert all(file.stat().st_size > 1000 for file in files)
+    said = captions(views(analyse(trials, FAST))[0])
+    assert {file.stem for file in files} == said.keys()
+    assert all(text.endswith("kv (both) · early-exit.") for text in said.values())
     first = {file.name: file.read_bytes() for file in files}
     plots.draw(analyse(trials, FAST), tmp_path, dpi=60, formats=("pdf",))  # as in the folder, byte for byte
     assert first == {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
@@ -251,7 +254,7 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="formats must be among png, pdf, got svg"):
         plots.draw(analyse(simulate_trials(**SMALL), FAST), tmp_path, formats=("svg",))
     with pytest.raises(ValueError, match="dpi must be in"):
-        plots.PlotConfig(tmp_path, dpi=0)
+        PlotOptions(tmp_path, dpi=0)
 
 
 def test_drawing_leaves_the_settings_of_the_process_alone(view: View) -> None:

@@ -9,7 +9,6 @@ import pytest
 from scipy import stats as scipy_stats
 
 from experiments.statistics.calibration import (
-    distinct_edits,
     extremes,
     gains_and_losses,
     last_places,
@@ -17,10 +16,10 @@ from experiments.statistics.calibration import (
     maximum_p,
     members,
     null_counts,
-    overlap,
     paired_excess,
     rank_p,
 )
+from experiments.statistics.distinct import distinct_edits, overlap
 from experiments.statistics.paired import benjamini_hochberg
 
 PAIRS, PLACES, PROMPTS, BASELINE = 8, 9, 200, 0.8
@@ -73,6 +72,75 @@ def test_on_skewed_nulls_the_old_rule_breaks_its_level_and_the_new_one_holds_it_
     assert old / runs > 2 * bound
     assert new / runs <= bound
     assert found / runs > 3 * bound  # the control: the new rule is not merely silent
+
+
+def shared_draws(rng: np.random.Generator, draws: int, sharing: int, pools: int) -> tuple[np.ndarray, ...]:
+    """A null in which `sharing` directions of each pool meet the same draws: values, blocks, pools, strata."""
+    number = sharing + draws
+    severity = rng.lognormal(-2.0, 1.3, size=(pools, number, 1))
+    place = rng.lognormal(0.0, 0.4, size=(pools, number, PLACES)) * np.linspace(0.2, 1.2, PLACES)
+    found = rng.binomial(PROMPTS, BASELINE * np.exp(-0.5 * severity * place)) / PROMPTS
+    own = found[:, :sharing].transpose(0, 1, 2).reshape(-1, 1)
+    others = np.repeat(found[:, sharing:].transpose(0, 2, 1)[:, None], sharing, axis=1).reshape(len(own), draws)
+    blocks = np.repeat(np.arange(pools * sharing), PLACES)
+    return np.concatenate([own, others], axis=1), blocks, blocks // sharing, np.tile(np.arange(PLACES), pools * sharing)
+
+
+@pytest.mark.parametrize(("draws", "sharing", "pools"), [(20, 2, 15), (40, 2, 15), (100, 10, 1)])
+def test_directions_that_share_draws_keep_the_level_only_as_members_of_one_pool(
+    draws: int, sharing: int, pools: int
+) -> None:
+    rng = np.random.default_rng(8)
+    runs, apart, together, found = 250, 0, 0, 0
+    for _ in range(runs):
+        values, blocks, pool, strata = shared_draws(rng, draws, sharing, pools)
+        extreme = extremes(values, 1 / PROMPTS, "harm", strata)
+        apart += (maximum_p(extreme, blocks, quick=True).p <= 0.05).any()
+        together += (maximum_p(extreme, blocks, pools=pool, quick=True).p <= 0.05).any()
+        values[:PLACES, 0] = 0.0
+        extreme = extremes(values, 1 / PROMPTS, "harm", strata)
+        found += (maximum_p(extreme, blocks, pools=pool, quick=True).p <= 0.05).any()
+    assert together / runs <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / runs)
+    if draws == 40:
+        assert found / runs > 0.2  # the control: it is not merely silent
+    else:  # too few draws for so many directions
+        assert apart / runs > 0.065 and together == found == 0
+
+
+def test_pools_by_enumeration() -> None:
+    """Any two of the 2 + 3 members of pool 0, and any one of the 1 + 3 of pool 1, could be the directions."""
+    rng = np.random.default_rng(9)
+    draws = rng.normal(size=(2, 3))
+    own = np.array([1.4, -0.2, 0.3])
+    extreme = np.concatenate([own[:, None], draws[[0, 0, 1]]], axis=1)
+    first, second = [*own[:2], *draws[0]], [own[2], *draws[1]]
+    ways = list(itertools.product(itertools.combinations(first, 2), second))
+    test = maximum_p(extreme, np.arange(3), pools=np.array([0, 0, 1]))
+    assert test.p[0] == pytest.approx(np.mean([max(*pair, other) >= 1.4 - 1e-12 for pair, other in ways]))
+    assert test.least_p == pytest.approx(2 / 5)
+    np.testing.assert_allclose(
+        maximum_p(extreme, np.arange(3), pools=np.arange(3)).p, maximum_p(extreme, np.arange(3)).p
+    )
+    assert least_draws(0.05, shared=2) == 38 and least_draws(0.05, shared=30) == 570
+    assert least_draws(0.05, 3, shared=2) == 118
+    with pytest.raises(ValueError, match="one pool"):
+        maximum_p(extreme, np.array([0, 0, 0]), pools=np.array([0, 1, 1]))
+
+
+def test_null_families_of_shared_draws_play_different_ones_and_leave_the_same_controls() -> None:
+    values = np.tile(np.arange(6.0), (4, 1))  # column number as value: 0 the direction, 1 to 5 the draws
+    seen = []
+    blocks, pools = np.array([0, 0, 1, 1]), np.zeros(4, int)
+    null_counts(values, lambda played, playing: seen.append((played.copy(), playing.copy())) or 0, blocks, pools)
+    assert len(seen) == 5
+    for played, playing in seen:
+        assert played.shape == (4, 1 + 5 - 2) and (played[:, 0] == playing).all()
+        assert playing[0] == playing[1] != playing[2] == playing[3]
+        assert (played[:, 1:] == played[0, 1:]).all()  # column by column the same draws
+        assert set(played[0, 1:]) == set(range(1, 6)) - set(playing)
+    assert {int(playing[0]) for _, playing in seen} == {1, 2, 3, 4, 5}
+    with pytest.raises(ValueError, match="none is left over"):
+        null_counts(values[:, :3], lambda *_: 0, blocks, pools)
 
 
 def test_nineteen_draws_are_enough_for_five_per_cent_to_the_last_digit() -> None:

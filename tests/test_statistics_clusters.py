@@ -18,6 +18,7 @@ from experiments.statistics.clusters import (
     accuracy_interval,
     bootstrap_interval,
     cluster_codes,
+    cluster_interval,
     cluster_sums,
     cluster_weights,
     interval_of,
@@ -26,19 +27,32 @@ from experiments.statistics.clusters import (
 from experiments.statistics.paired import paired_interval
 
 
-def test_bootstrap_of_constants_has_no_width() -> None:
+def test_where_all_clusters_agree_the_interval_is_exact() -> None:
+    share = 1 - 0.025 ** (1 / 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for value in (True, False):
             estimate = accuracy_interval([value] * 12, list("aabbccddeeff"))
-            assert estimate.lower == estimate.estimate == estimate.upper == float(value)
-            assert (estimate.n, estimate.n_clusters) == (12, 6)
+            assert estimate.estimate == float(value) and estimate.upper - estimate.lower == pytest.approx(share)
+            assert (estimate.n, estimate.n_clusters) == (12, 6) and estimate.estimate in (
+                estimate.lower,
+                estimate.upper,
+            )
         same = paired_interval([1, 0, 1, 0], [1, 0, 1, 0], list("abcd"))
-        assert (same.lower, same.estimate, same.upper) == (0, 0, 0)
-    varied = accuracy_interval([True, False] * 6, list("aabbccddeeff"))
-    assert varied.lower == varied.upper == 0.5  # each cluster has the same accuracy
+        few = 1 - 0.025 ** (1 / 4)
+        assert same.estimate == 0 and (same.lower, same.upper) == pytest.approx((-few / 2, few / 2))  # half were right
+    varied = accuracy_interval([True, False] * 6, list("aabbccddeeff"))  # each cluster has the same accuracy
+    assert (varied.lower, varied.upper) == pytest.approx((0.5 - share / 2, 0.5 + share / 2))
     varied = accuracy_interval([True, True, False, False] * 3, list("aabbccddeeff"))
     assert varied.lower < 0.5 < varied.upper  # control: clusters differ
+    sums, counts = np.array([[1.0] * 6, [1.0, 0, 1, 0, 1, 0]]), np.ones((2, 6))
+    weights = cluster_weights(6, 300, seed=0)
+    lower, upper = bootstrap_interval(sums, counts, weights=weights)
+    assert (lower[0], upper[0]) == (1, 1)  # control: what resampling says
+    low, high = cluster_interval(sums, counts, weights=weights, bounds=(0.0, 1.0))
+    assert low[0] == pytest.approx(1 - share) and (low[1], high[1]) == (lower[1], upper[1])
+    low, high = cluster_interval(sums, np.array([[1.0] * 6, [0.0] * 6]), weights=weights, bounds=(0.0, np.inf))
+    assert high[0] == np.inf and np.isnan([low[1], high[1]]).all()  # nats have no exact bound; no data, no interval
 
 
 def test_one_cluster_says_nothing_about_spread() -> None:
@@ -92,14 +106,12 @@ def test_intervals_cover(n_clusters: int, size: int) -> None:
         assert ((lower <= truth) & (truth <= upper)).mean() < 0.91
 
 
-def test_interval_of_constants_has_no_width_and_unknown_prompts_do_not_count() -> None:
+def test_interval_of_constants_is_exact_and_unknown_prompts_do_not_count() -> None:
     values = np.array([[1.0, 0.0, np.nan], [1.0, 1.0, np.nan], [1.0, np.nan, np.nan], [1.0, 1.0, np.nan]])
-    table = mean_intervals(values, ["a", "a", "b", "b"])
-    assert table.loc[0, ["mean", "lower", "upper"]].tolist() == [1.0, 1.0, 1.0]
+    table = mean_intervals(values, ["a", "a", "b", "b"])  # two clusters, all right: Clopper-Pearson
+    assert table.loc[0, "mean"] == 1.0
+    assert table.loc[0, "lower"] == pytest.approx(0.025**0.5) and table.loc[0, "upper"] == 1.0
     assert table.loc[1, "mean"] == pytest.approx(2 / 3) and table.loc[1, "n"] == 3
-    rates = mean_intervals(values, ["a", "a", "b", "b"], rates=True)  # two clusters, all right: Clopper-Pearson
-    assert rates.loc[0, "lower"] == pytest.approx(0.025**0.5) and rates.loc[0, "upper"] == 1.0
-    assert rates.loc[1].equals(table.loc[1])
     assert table.loc[2, "n"] == 0 and np.isnan(table.loc[2, "mean"])
 
 

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from experiments.statistics.clusters import Settings
-from experiments.statistics.effects import compare, levels, row_of, rows_of
-from experiments.study import shared
+from experiments.statistics.effects import beyond, compare, differences, levels, per_prompt, row_of, rows_of
 
 QUICK = Settings(resamples=200, permutations=200)
 EDITED = ({"kind": "edited"}, {"kind": "none"})
@@ -88,7 +87,7 @@ EFFECTS = [*NUMBERS, "reference_mean", "difference", "gained", "lost", "mcnemar_
 def test_typed_columns_and_words_give_the_same_numbers(outcome: str) -> None:
     trials = typed_trials()
     typed = levels(trials, ["kind", "latent"], outcome, QUICK)
-    words = shared.levels(trials, outcome, QUICK).set_index("condition")
+    words = levels(trials, ["condition"], outcome, QUICK).set_index("condition")
     assert list(typed.columns) == ["kind", "latent", *NUMBERS] and typed["latent"].dtype == np.int64
     assert typed[["kind", "latent"]].to_numpy().tolist() == [
         ["mean", 1], ["mean", 2], ["mean", 3], ["none", 0], ["other", 1], ["other", 2], ["other", 3]
@@ -102,7 +101,8 @@ def test_typed_columns_and_words_give_the_same_numbers(outcome: str) -> None:
     contrasts += [({"kind": "mean", "latent": 1}, {"kind": "other", "latent": 1})]
     found = compare(trials, contrasts, ["kind", "latent"], outcome, QUICK)
     pairs = [(f"{kind} {k}", "none") for kind in ("other", "mean") for k in (2, 3, 1)] + [("mean 1", "other 1")]
-    expected = shared.compare(trials, pairs, outcome, QUICK)
+    named = [({"condition": a}, {"condition": b}) for a, b in pairs]
+    expected = compare(trials, named, ["condition"], outcome, QUICK)
     assert list(found.columns)[:4] == ["kind", "latent", "reference_kind", "reference_latent"]
     assert list(found.columns)[4:] == list(expected.columns)[2:] and set(EFFECTS) <= set(found)
     np.testing.assert_array_equal(found[EFFECTS].to_numpy(), expected[EFFECTS].to_numpy())
@@ -151,3 +151,41 @@ def test_rows_by_selector() -> None:
         row_of(table, {"kind": "mean", "latent": 9})
     with pytest.raises(ValueError, match="no column reference_kind"):
         row_of(table, {"kind": "mean"}, {"kind": "none"})
+
+
+def test_no_table_has_an_interval_of_no_width() -> None:
+    rows = [{"kind": kind, "cluster": f"c{i}", "prompt_id": f"p{i}", "correct": i < 9, "kl": 0.0, "half": 0.5}
+            for i in range(12) for kind in ("none", "edited")]  # fmt: skip
+    trials = pd.DataFrame(rows)
+    share = 1 - 0.025 ** (1 / 12)
+    row = compare(trials, [EDITED], ["kind"], settings=QUICK).iloc[0]
+    assert (row["difference"], row["lower"], row["upper"]) == pytest.approx((0, -0.75 * share, 0.25 * share))
+    nats = levels(trials, ["kind"], "kl", QUICK, (0.0, np.inf)).iloc[0]
+    assert (nats["lower"], nats["upper"]) == (0.0, np.inf)
+    assert np.isinf(levels(trials, ["kind"], "half", QUICK)[["lower", "upper"]]).all(axis=None)  # range not known
+    known = levels(trials, ["kind"], "half", QUICK, (0.0, 1.0)).iloc[0]
+    assert (known["lower"], known["upper"]) == pytest.approx((0.5 - share / 2, 0.5 + share / 2))
+
+
+def test_prompt_by_prompt_is_what_tables_are_made_of() -> None:
+    trials = typed_trials()
+    pairs = [({"kind": "mean", "latent": 1}, {"kind": "none"}), ({"kind": "other", "latent": 2}, {"kind": "none"})]
+    table, wide = (
+        compare(trials, pairs, ["kind", "latent"], settings=QUICK),
+        differences(trials, pairs, ["kind", "latent"]),
+    )
+    np.testing.assert_allclose(wide.mean(), table["difference"])
+    assert wide.notna().sum().tolist() == table["n"].tolist() and wide.index.names == ["cluster", "prompt_id"]
+    level = per_prompt(trials, [{"kind": "none"}], ["kind", "latent"])
+    assert level[0].mean() == pytest.approx(
+        row_of(levels(trials, ["kind", "latent"], settings=QUICK), {"kind": "none"})["mean"]
+    )
+
+
+def test_beyond_needs_significance_and_size_on_the_side_of_the_estimate() -> None:
+    table = pd.DataFrame(
+        [(0.5, 0.3, 0.7, 0.01), (0.003, 0.001, 0.005, 0.001), (-0.5, -0.7, -0.3, 0.01), (0.5, 0.3, 0.7, 0.2),
+         (0.3, -0.1, 0.7, 0.01), (0.0, 0.0, 0.0, 0.01)], columns=["difference", "lower", "upper", "q"],
+    )  # fmt: skip
+    assert beyond(table, 0.02).tolist() == [True, False, True, False, False, False]
+    assert beyond(table, 0.0).tolist() == [True, True, True, False, False, False]

@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.proportion import proportion_confint
 
 from experiments.statistics.clusters import bootstrap_interval, cluster_weights
-from experiments.statistics.exact import agreeing, clopper_pearson, never_zero_width, other_share
+from experiments.statistics.exact import agreeing, clopper_pearson, never_zero_width, other_share, rare
 
 
 def test_clopper_pearson_by_hand_and_against_statsmodels() -> None:
@@ -76,3 +76,38 @@ def test_coverage_where_one_in_thirty_clusters_differs() -> None:
     assert ((lower <= truth) & (truth <= upper))[agree].all()
     assert float(other_share(clusters)) > 1 - truth
     assert scipy_stats.binom.pmf(0, clusters, float(other_share(clusters))) == pytest.approx(0.025)
+
+
+def test_rare_differences_are_clopper_pearson_for_shares_and_squares_for_changes() -> None:
+    counts = np.ones((4, 60))
+    sums = np.stack([np.r_[np.zeros(2), np.ones(58)], np.zeros(60), np.r_[-np.ones(3), np.ones(1), np.zeros(56)],
+                     np.r_[np.zeros(30), np.ones(30)]])  # fmt: skip
+    low, high = np.array([0.0, -1, -1, 0]), np.ones(4)
+    lower, upper = rare(sums, counts, bounds=(low, high))
+    exact = clopper_pearson(58, 60)
+    assert lower[0] == pytest.approx(float(exact[0])) and upper[0] == pytest.approx(float(exact[1]))
+    share = 1 - 0.025 ** (1 / 60)
+    assert (lower[1], upper[1]) == pytest.approx((-share, share))  # as never_zero_width
+    lost, gained = clopper_pearson(3, 60), clopper_pearson(1, 60)
+    down = np.hypot(float(lost[1]) - 3 / 60, 1 / 60 - float(gained[0]))
+    up = np.hypot(float(gained[1]) - 1 / 60, 3 / 60 - float(lost[0]))
+    assert (lower[2], upper[2]) == pytest.approx((-2 / 60 - down, -2 / 60 + up))
+    assert np.isnan([lower[3], upper[3]]).all()  # half of them: not rare
+    nats = rare(np.r_[np.zeros(58), 0.3, 0.2][None], counts[:1], bounds=(0.0, np.inf))
+    assert 0.0 < nats[0][0] < 0.5 / 60 and nats[1][0] == np.inf
+    assert np.isnan(rare(np.arange(8.0)[None], counts[:1, :8], bounds=(0.0, np.inf))).all()  # no commonest value
+
+
+def test_rare_intervals_cover_where_resampled_ones_do_not() -> None:
+    rng = np.random.default_rng(1)
+    for lost, gained in ((0.03, 0.0), (0.04, 0.01), (0.02, 0.02)):
+        draws = rng.random((1500, 80))
+        sums = np.where(draws < lost, -1.0, np.where(draws > 1 - gained, 1.0, 0.0))
+        counts = np.ones_like(sums)
+        lower, upper = rare(sums, counts)
+        known = ~np.isnan(lower)
+        truth = gained - lost
+        covered = ((lower <= truth) & (truth <= upper))[known].mean()
+        low, high = bootstrap_interval(sums, counts, weights=cluster_weights(80, 400, 0))
+        assert known.mean() > 0.95 and covered >= 0.95
+        assert ((low <= truth) & (truth <= high))[known].mean() < covered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.statistics.sizes import between_forms, between_halves
+from experiments.statistics.sizes import between_forms, between_halves, smallest_size
 
 
 def asked(spread: float, clusters: int, forms: int = 8, noise: float = 1.0, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -46,3 +46,26 @@ def test_what_cannot_be_read_is_refused() -> None:
         between_halves(np.array([1.0, np.nan]), np.arange(2))
     with pytest.raises(ValueError, match="two clusters"):
         between_halves(np.arange(3.0), np.zeros(3))
+
+
+def test_columns_share_one_size_and_prompts_decide_how_it_is_read() -> None:
+    rng = np.random.default_rng(5)
+    clusters, forms = np.repeat(np.arange(40), 3), np.tile(["a", "b", "c"], 40)
+    shift = np.tile([0.0, 0.3, 0.6], 40)
+    values = np.stack([shift + 0.01 * rng.random(120), 0.01 * rng.random(120)], axis=1)
+    one, other, both = (
+        between_forms(values[:, 0], clusters, forms),
+        values[:, 1],
+        between_forms(values, clusters, forms),
+    )
+    assert both.pairs == 2 * one.pairs and both.size == pytest.approx(one.size / np.sqrt(2), rel=1e-3)
+    assert smallest_size(values, clusters, forms).size == both.size
+    assert "half" in smallest_size(other, clusters, np.array([""] * 120)).words  # no forms
+    assert "half" in smallest_size(other, np.arange(120), forms).words  # no cluster in two forms
+    nothing = smallest_size(np.zeros(120), clusters, forms)
+    assert nothing.size == pytest.approx(1 / 120) and "no value differs" in nothing.words
+    holes = np.where(np.arange(120)[:, None] < 60, values, np.nan)
+    assert smallest_size(holes, clusters, forms).size == between_forms(values[:60], clusters[:60], forms[:60]).size
+    assert "one cluster" in smallest_size(other, np.zeros(120), forms).words
+    with pytest.raises(ValueError, match="no prompt has every value"):
+        smallest_size(np.full(120, np.nan), clusters, forms)

@@ -13,7 +13,13 @@ from planted import planted_model, planted_problems, planted_split
 from codi import CodiModel
 from codi.decode import decode_answers
 from codi.forced import divergence, forced
-from experiments.study.shared import StudyOptions, answer_rows, answer_table, load_prompts, open_study, think
+from experiments.study.answers import answer_table
+from experiments.study.folder import open_run
+from experiments.study.options import StudyOptions
+from experiments.study.parts import Part, Workbench
+from experiments.study.rows import answer_rows
+from experiments.study.run import fill, read_trials, study_identity
+from experiments.study.thoughts import think
 from steering.replacements import ReplaceRows, replace_embeddings
 
 
@@ -67,25 +73,31 @@ def test_answer_table_counts_unparsed_as_wrong() -> None:
     assert table["parsed"].tolist() == [True, False, True] and np.isnan(table["prediction"][1])
 
 
+made: list[int] = []
+
+
+def compute(bench: Workbench, *, seed: int) -> pd.DataFrame:
+    made.append(seed)
+    return pd.DataFrame({"a": [1.5, 2.5]})
+
+
 def test_damaged_parts_are_computed_again(tmp_path: Path) -> None:
-    config, model, split = StudyOptions(out=tmp_path / "run", task="planted"), planted_model(), planted_split()
-    made: list[int] = []
-
-    def compute() -> pd.DataFrame:
-        made.append(1)
-        return pd.DataFrame({"a": [1.5, 2.5]})
-
+    options, model, split = StudyOptions(out=tmp_path / "run", task="planted"), planted_model(), planted_split()
+    parts = [Part("x", compute)]
+    made.clear()
     for damage in (False, False, True):
-        with open_study("test", config, model, split) as study:
+        identity = study_identity(options, model, split)
+        with open_run(options.out, identity, model=options.model, about="", say=lambda line: None) as folder:
             if damage:
-                study.folder.part_path("x").write_bytes(b"not parquet")
-            assert study.part("x", compute)["a"].tolist() == [1.5, 2.5]
+                folder.part_path("x").write_bytes(b"not parquet")
+            fill(folder, parts, Workbench(model, split))
+            assert read_trials(folder, parts)["x"]["a"].tolist() == [1.5, 2.5]
     assert len(made) == 2
 
 
 def test_legacy_prompts_are_the_published_choice() -> None:
-    split = load_prompts(StudyOptions(legacy=True, limit=None), known_steps=3)
+    split = StudyOptions(legacy=True, limit=None).load_split(0, known_steps=3)
     assert len(split.evaluation) == 1000 and len({p.cluster for p in split.evaluation}) == 50
     assert split.evaluation == split.derivation
     with pytest.raises(ValueError, match="known intermediate values"):
-        load_prompts(StudyOptions(task="arithmetic", limit=20, derivation=20), known_steps=99)
+        StudyOptions(task="arithmetic", limit=20, derivation=20).load_split(0, known_steps=99)

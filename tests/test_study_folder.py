@@ -14,9 +14,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from experiments.study.edits.trials import SORT_COLUMNS, TRIAL_SCHEMA, read_trials
 from experiments.study.folder import RunFolder, differences, fingerprint, open_run
 from experiments.study.manifest import check_out
-from experiments.sweep.trials import SORT_COLUMNS, TRIAL_SCHEMA, read_trials
 
 DATA = Path(__file__).parent / "data"
 IDENTITY = {"options": {"seed": 0, "pairs": [[1, 2]]}, "checkpoint_hash": "abc"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,25 +21,24 @@ from experiments.latents.options import NecessityOptions
 from experiments.study.manifest import fingerprint
 from experiments.study.options import (
     DrawOptions,
+    IntervalOptions,
     ModelOptions,
     Options,
     PromptOptions,
     RunOptions,
     SplitOptions,
+    StatisticsOptions,
     StudyOptions,
     changed,
     command_line,
     identity_of,
 )
 from experiments.study.run import study_identity
+from experiments.tasks import TASK_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
 HEAVY = ("torch", "pandas", "numpy", "transformers", "pyarrow")
-NOT_YET = (  # their options are still in modules that import torch; the next phase moves them
-    "sweep", "stats", "plot", "eval", "train", "lens", "patch", "transfer", "pca", "anchors",
-    "early-exit", "findings",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,28 @@ def test_identity_of_a_study_is_that_of_todays_manifest() -> None:
     assert fingerprint(identity) == today["fingerprint"]
 
 
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [
+        ("transfer", "074c25ee10a83466f86d97fb3eed085b6575492566ad13b750f37b7b5afb1f66"),
+        ("anchors", "e8de4ed5f446d85a803b9395d4dcaa8c9e2e4affa216b3f4be6e8a7241f51a21"),
+        ("early_exit", "5543f47d4ae20c6670ab815de78f746fe9d61d827088dde3754c1e4c019d0241"),
+    ],
+)
+def test_run_folders_of_studies_go_on(module: str, known: str) -> None:
+    """The fingerprint of a run with default options, from before the studies were data."""
+    study = importlib.import_module(f"experiments.latents.{module}").STUDY
+    model, options = load_codi(ROOT / "checkpoints" / "tiny"), study.options()
+    prompts = study.prompts(options, model.protocol.question_suffix)
+    assert fingerprint(study_identity(options, model, prompts)) == known
+
+
 def test_identity_of_a_sweep_is_that_of_todays_manifest() -> None:
-    from experiments.sweep.run import SweepConfig, make_plan
+    from experiments.sweep.options import SweepOptions
+    from experiments.sweep.plan import resolve
 
     today = json.loads((DATA / "manifest_sweep.json").read_text(encoding="utf-8"))
-    identity = make_plan(SweepConfig(), load_codi(ROOT / "checkpoints" / "tiny")).identity()
+    identity = resolve(SweepOptions(), load_codi(ROOT / "checkpoints" / "tiny")).identity()
     assert fingerprint(identity) == today["fingerprint"]
 
 
@@ -170,6 +188,54 @@ def test_inputs_are_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
         NecessityOptions(out=tmp_path, draws=4).check_inputs()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (SplitOptions(split="foo"), "split must be one of test, derivation, all for the task 'templates', got 'foo'"),
+        (
+            SplitOptions(task="arithmetic", split="all"),
+            "split must be one of train, derivation, test for the task 'arithmetic', got",
+        ),
+        (SplitOptions(task="FILE", split="foo"), "a single file has no split 'foo', it is read whole: leave --split"),
+    ],
+)
+def test_a_split_that_is_not_there_is_seen_before_anything_is_read(
+    options: SplitOptions, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text("not yet read")
+    if options.task == "FILE":
+        options = dataclasses.replace(options, task=str(file))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        options.check_inputs()
+    SplitOptions(task=str(file), split="derivation").check_inputs()
+    SplitOptions(task="openai/gsm8k", split="foo").check_inputs()  # only reading tells
+
+
+def test_generated_tasks_have_the_splits_that_are_listed() -> None:
+    from experiments.tasks import GENERATED_SPLITS, arithmetic, load_task
+
+    assert set(GENERATED_SPLITS) == set(TASK_NAMES) and set(GENERATED_SPLITS["arithmetic"]) == set(arithmetic.SPLITS)
+    for task, splits in GENERATED_SPLITS.items():
+        for split in splits:
+            assert len(load_task(task, split, 2)) == 2
+
+
+def test_latents_are_known_without_loading(tmp_path: Path) -> None:
+    assert ModelOptions(model=str(ROOT / "checkpoints" / "tiny")).known_latents() == 6
+    assert ModelOptions(model="someone/something").known_latents() is None
+    (tmp_path / "codi.json").write_text("{")
+    assert ModelOptions(model=str(tmp_path)).known_latents() is None
+
+
+def test_intervals_alone() -> None:
+    settings = IntervalOptions(resamples=300, level=0.9).statistics(4)
+    assert (settings.resamples, settings.level, settings.seed) == (300, 0.9, 4)
+    assert StatisticsOptions(permutations=700).statistics(1).permutations == 700
+    with pytest.raises(ValueError, match="resamples must be at least 100, got 99"):
+        IntervalOptions(resamples=99)
+
+
 def test_every_field_of_a_group_is_explained() -> None:
     from tyro._docstrings import get_field_docstring
 
@@ -178,11 +244,16 @@ def test_every_field_of_a_group_is_explained() -> None:
             assert get_field_docstring(group, field.name, ()), f"{group.__name__}.{field.name}"
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - set(NOT_YET)))
+NESTED = {"lens": ("train", "show", "detect", "difference", "transfer", "causal")}
+WORDS = [words for name in sorted(COMMANDS) for words in (name, *(f"{name} {inner}" for inner in NESTED.get(name, ())))]
+
+
+@pytest.mark.parametrize("name", WORDS)
 @pytest.mark.parametrize("arguments", [["--help"], ["--limit", "0"], ["--out", "FOREIGN"], ["--task", "nowhere"]])
 def test_help_and_refusals_import_nothing_heavy(name: str, arguments: list[str], tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_bytes((DATA / "manifest_sweep.json").read_bytes())
-    given = [name, *(str(tmp_path) if word == "FOREIGN" else word for word in arguments)]
+    foreign = "manifest_necessity.json" if name == "sweep" else "manifest_sweep.json"
+    (tmp_path / "manifest.json").write_bytes((DATA / foreign).read_bytes())
+    given = [*name.split(), *(str(tmp_path) if word == "FOREIGN" else word for word in arguments)]
     code = (
         f"import sys\nfrom experiments.cli import main\ntry:\n    main({given!r})\n"
         f"except SystemExit as stop:\n    print(stop.code)\nprint(sorted({set(HEAVY)!r} & set(sys.modules)))"
@@ -192,3 +263,30 @@ def test_help_and_refusals_import_nothing_heavy(name: str, arguments: list[str],
     *_, stopped, heavy = done.stdout.splitlines()
     assert stopped == ("0" if arguments == ["--help"] else "2") and heavy == "[]"
     assert bool(done.stderr) == (arguments != ["--help"]) and done.stderr.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["sweep", "--pairs", "one-two"], "pairs must look like 2-5"),
+        (["sweep", "--latents", "x"], "latents must be numbers from 1"),
+        (["sweep", "--controls", "placebo"], "controls must be among random"),
+        (["sweep", "--legacy", "--space", "hidden"], "legacy steering exists in kv and embedding space"),
+        (["sweep", "--task", "a", "--prompts", "b"], "give --task or --prompts"),
+        (["stats", "FOREIGN"], "is a run of `codi necessity`, not of `codi sweep`"),
+        (["plot", "FOREIGN"], "is a run of `codi necessity`, not of `codi sweep`"),
+        (["stats", "FOREIGN/nowhere"], "no run folder"),
+        (["stats", "FOREIGN", "--resamples", "5"], "resamples must be at least 100, got 5"),
+        (["plot", "FOREIGN", "--dpi", "5"], "dpi must be in 50..1200"),
+        (["plot", "FOREIGN", "--alpha", "1"], "alpha must lie between 0 and 1"),
+    ],
+)
+def test_what_a_sweep_refuses_without_a_model(given: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes((DATA / "manifest_necessity.json").read_bytes())
+    words = [word.replace("FOREIGN", str(tmp_path)) for word in given]
+    code = (
+        f"import sys\nfrom experiments.cli import main\ntry:\n    main({words!r})\n"
+        f"except SystemExit as stop:\n    print(stop.code)\nprint(sorted({set(HEAVY)!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["2", "[]"] and says in done.stderr and done.stderr.count("\n") == 1

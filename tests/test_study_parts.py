@@ -54,7 +54,8 @@ def test_a_part_must_be_found_by_its_name() -> None:
     def inside(bench: Workbench, *, seed: int) -> pd.DataFrame:
         return pd.DataFrame()
 
-    for function in (inside, lambda bench, seed: {}):
+    functions: list[Any] = [inside, lambda bench, seed: {}]
+    for function in functions:
         with pytest.raises(ValueError, match="part x: .* must be a function of a module"):
             Part("x", function)
 

@@ -1,4 +1,4 @@
-"""experiments.sweep.run and grid: the whole way from options to the trial table, on a toy."""
+"""experiments.sweep and the grid of edits: the whole way from options to the trial table, on a toy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -18,22 +19,24 @@ import torch
 from codi import CodiModel
 from codi.decode import decode_answers
 from experiments import cli
+from experiments.study.edits.cells import cell_statistics
+from experiments.study.edits.grid import Grid, conditions, names, unique_cells
+from experiments.study.edits.trials import read_trials
 from experiments.study.folder import RunFolder
+from experiments.study.parts import Workbench
+from experiments.study.result import Result
 from experiments.study.thoughts import collect_means
-from experiments.sweep.cells import cell_statistics
-from experiments.sweep.grid import (
-    GridOptions,
-    conditions,
-    names,
+from experiments.sweep.options import (
+    SweepOptions,
     parse_choices,
     parse_coefficients,
     parse_numbers,
     parse_pairs,
-    unique_cells,
+    timings_of,
 )
-from experiments.sweep.run import SweepConfig, make_plan, sweep, timings_of
-from experiments.sweep.trials import read_trials
-from experiments.tasks import Problem, extract_answer, is_correct
+from experiments.sweep.plan import averaged_problems, resolve
+from experiments.sweep.run import parts, sweep
+from experiments.tasks import Problem, extract_answer, is_correct, load_task
 from experiments.tasks.split import check_disjoint, load_split
 from steering.directions import difference, generator, random_direction
 from steering.interventions import AddDirection
@@ -42,7 +45,7 @@ from steering.means import LatentMeans
 KEYS = ["space", "part", "timing", "control", "source", "target", "coefficient", "draw", "latent", "prompt_id"]
 
 
-def config(out: Path, **changes) -> SweepConfig:
+def config(out: Path, **changes) -> SweepOptions:
     """A sweep of seconds: 6 short prompts, 2 pairs, 2 positions."""
     given = {
         "out": out,
@@ -58,7 +61,7 @@ def config(out: Path, **changes) -> SweepConfig:
         "max_new_tokens": 2,
         "part_prompts": 4,
     }
-    return SweepConfig(**{**given, **changes})
+    return SweepOptions(**{**given, **changes})
 
 
 def frame(folder: RunFolder) -> pd.DataFrame:
@@ -66,17 +69,20 @@ def frame(folder: RunFolder) -> pd.DataFrame:
     return table.astype({column: str for column in table.columns[table.dtypes == "category"]})
 
 
-@pytest.fixture(scope="module")
-def everything(codi_model, tmp_path_factory) -> RunFolder:
+def everything_of(out: Path) -> SweepOptions:
     """All spaces, parts, timings and controls at once."""
-    options = config(
-        tmp_path_factory.mktemp("sweep") / "run",
+    return config(
+        out,
         space=("kv", "embedding", "hidden"),
         part=("keys", "values", "both"),
         timing=("early-exit", "continue", "cached"),
         controls=("random", "covariance", "shuffled", "patch-scalar", "patch-coordinate", "patch-norm"),
     )
-    return sweep(options, codi_model)
+
+
+@pytest.fixture(scope="module")
+def everything(codi_model, tmp_path_factory) -> RunFolder:
+    return sweep(everything_of(tmp_path_factory.mktemp("sweep") / "run"), codi_model)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def test_default_grid_has_every_cell_once():
     assert len(cells) == 15 * 6 and all(a < b for a, b, _ in cells)
     named = {(a, b, c) for a, b, c in cells} | {(b, a, -c) for a, b, c in cells}
     assert named == {(a, b, c) for a, b in pairs for c in sizes}
-    options = GridOptions(pairs=pairs, draws=20)
+    options = Grid(pairs=pairs, draws=20)
     tried = conditions(options, "kv", "both", "early-exit")
     counts = pd.Series([condition.control for condition in tried]).value_counts()
     assert dict(counts) == {"none": 6, "direction": 540, "random": 15 * 20 * 3 * 6}
@@ -120,8 +126,8 @@ def test_reading_options():
 
 
 def test_draws_are_matched_and_do_not_depend_on_what_else_is_swept():
-    small = GridOptions(pairs=((1, 2),), draws=3)
-    large = GridOptions(pairs=parse_pairs(["all"], 6), draws=5, controls=("random", "covariance"))
+    small = Grid(pairs=((1, 2),), draws=3)
+    large = Grid(pairs=parse_pairs(["all"], 6), draws=5, controls=("random", "covariance"))
     assert set(names(small, "kv")) < set(names(large, "kv"))
 
 
@@ -163,7 +169,7 @@ def test_baselines(trials, codi_model, problems):
 
 @pytest.fixture(scope="module")
 def problems(everything, codi_model) -> dict[str, Problem]:
-    split = make_plan(config(everything.path), codi_model).split
+    split = resolve(config(everything.path), codi_model).split
     return {problem.prompt_id: problem for problem in split.evaluation}
 
 
@@ -182,9 +188,7 @@ def test_rows_equal_one_edit_of_one_prompt_alone(trials, everything, codi_model,
                 if row.control == "random":
                     rng_of = generator(0, "random", space, row.source, row.target, row.draw)
                     direction = random_direction(direction, rng_of)
-                change = AddDirection(
-                    direction, row.latent, row.coefficient, part=row.part, model=codi_model, prompts=batch
-                )
+                change = AddDirection(direction, row.latent, row.coefficient, part=row.part)
                 run = codi_model.rollout(batch, row.n_latents, [change])
                 assert decode_answers(codi_model, run, 2).texts == [row.text]
                 plain = decode_answers(codi_model, codi_model.rollout(batch, row.n_latents), 2).texts
@@ -329,6 +333,39 @@ def test_it_says_how_many_trials_are_coming(codi_model, tmp_path):
     assert lines[0].startswith("starting") and any(line.startswith("continuing") for line in lines)
 
 
+def test_parts_are_data_that_any_process_can_run(everything, trials, codi_model):
+    """Pickled, and run with a workbench that has nothing of the run folder: the rows of the table."""
+    plan = resolve(everything_of(everything.path), codi_model)
+    assert json.loads(json.dumps(plan.identity())) == everything.manifest()["identity"]
+    chosen = pickle.loads(pickle.dumps(parts(plan)[::5]))
+    assert len(chosen) >= 3
+    for part in chosen:
+        rows = part.run(Workbench(codi_model, plan.split))
+        stored = everything.read_parts([part.name])
+        assert part.rows == len(stored) == len(rows["text"])
+        for column in ("text", "control", "coefficient", "draw", "prompt_id", "correct"):
+            assert stored[column].astype(object).tolist() == list(rows[column]), (part.name, column)
+
+
+def test_directions_from_another_task(codi_model, tmp_path):
+    other = str(write_prompts(tmp_path))
+    plain = resolve(config(tmp_path / "a", derivation_task=other), codi_model)
+    known = tuple(problem.question for problem in load_task(other))
+    assert all(problem.question.startswith(known) for problem in plain.split.derivation)
+    assert plain.split.evaluation == resolve(config(tmp_path / "a"), codi_model).split.evaluation
+    # the published means: keys and values of the evaluated additions, embeddings of another data set
+    published = config(tmp_path / "b", task="templates", legacy=True, min_steps=None, max_steps=None, limit=12)
+    alone = resolve(published, codi_model)
+    both = resolve(dataclasses.replace(published, derivation_task=other), codi_model)
+    assert averaged_problems(alone.split, alone.averaged["embedding"]) == alone.split.evaluation
+    for plan in (alone, both):
+        kv = averaged_problems(plan.split, plan.averaged["kv"])
+        assert kv and set(kv) < set(plan.split.evaluation) and {p.operation for p in kv} == {"addition"}
+    embedding = averaged_problems(both.split, both.averaged["embedding"])
+    assert embedding and not set(embedding) & set(both.split.evaluation)
+    assert both.identity() != alone.identity()
+
+
 # --- Split ------------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +418,7 @@ def test_sharing_is_checked_trait_by_trait():
 # --- Interruptions ----------------------------------------------------------------------------------------------------
 
 
-def in_child(options: SweepConfig, model: CodiModel) -> int:
+def in_child(options: SweepOptions, model: CodiModel) -> int:
     """Process id of a child that runs the sweep; exit code 0 when done, 3 on Ctrl-C."""
     child = os.fork()
     if child:
@@ -424,9 +461,9 @@ def test_killed_at_random_moments_and_continued_is_one_run(codi_model, tmp_path)
 
 
 def test_default_timing_is_cached_and_early_exit_with_legacy():
-    assert timings_of(SweepConfig()) == ("cached",)
-    assert timings_of(SweepConfig(legacy=True)) == ("early-exit",)
-    assert timings_of(SweepConfig(legacy=True, timing=("continue",))) == ("continue",)  # refused later, by its name
+    assert timings_of(SweepOptions()) == ("cached",)
+    assert timings_of(SweepOptions(legacy=True)) == ("early-exit",)
+    assert timings_of(SweepOptions(legacy=True, timing=("continue",))) == ("continue",)  # refused later, by its name
 
 
 def test_ctrl_c_leaves_a_folder_that_goes_on(codi_model, tmp_path):
@@ -597,6 +634,10 @@ def test_the_command_runs_continues_and_refuses_another_configuration(command, c
     assert code == 0, error
     for name in ("manifest.json", "cells.parquet", "cells.csv", "means.safetensors"):
         assert (tmp_path / "run" / name).is_file()
+    found = Result.read(tmp_path / "run")
+    assert found.study == "sweep" and "--coefficients 1" in found.command and found.figures == ()
+    assert [section.heading for section in found.sections] == ["kv (both) · cached"]
+    assert len(found.tables["cells"]) == 2 and len(found.tables["statistics/controls"]) == 2
     before = frame(RunFolder(tmp_path / "run"))
     code, error = command(capsys)
     assert code == 0 and "continuing" in error

@@ -406,6 +406,13 @@ def test_answers_that_disagree_are_refused(tmp_path: Path) -> None:
     assert "has the field 'answer' twice" in refusal(write(path, '[{"question": "a?", "answer": 1, "answer": 2}]'))
 
 
+def test_a_worked_solution_gives_its_box(tmp_path: Path) -> None:
+    record = {"problem": "7+5?", "solution": "We add 7 and 5, so it is $\\boxed{12}$ in all.", "level": "Level 1"}
+    assert read(write(tmp_path / "a.json", [record])) == [("7+5?", 12)]
+    record["solution"] = "We add 7 and 5, so it is 12."
+    assert "no numeric answer" in refusal(write(tmp_path / "a.json", [record]))
+
+
 # --- The last || before the steps ---
 
 

@@ -144,7 +144,12 @@ TABLE: list[tuple[str, Fraction | int | float | None, object]] = [
     ("2 10/5", 2, None),
     ("6/2=3", 3, None),
     # boxes and ####
-    ("\\boxed{12} because 7 and 5", 12, None),
+    ("\\boxed{12} because 7 and 5", 12, SAME),
+    ("7+5 = \\boxed{12}.", 12, SAME),
+    ("so $-\\boxed{5}$", -5, SAME),
+    ("\\boxed{-5 \\text{ cm}}", -5, SAME),
+    ("10-\\boxed{5}", 5, SAME),
+    ("3 #### \\boxed{\\$5}", 5, SAME),
     ("\\boxed{12}", 12, SAME),
     ("$\\boxed{\\frac{1}{2}}$", HALF, SAME),
     ("\\boxed{x=3} of 4", 3, None),

@@ -24,10 +24,14 @@ from transformers import (
 )
 
 from codi import load_codi
-from experiments import train
+from experiments.study.result import Result
 from experiments.tasks import arithmetic
+from experiments.train import data as training_data
+from experiments.train import stage as training_stage
+from experiments.train.options import Resolved, TrainOptions, micro_batch_of, resolve
+from experiments.train.run import main
 
-TOY = train.Config(
+TOY = TrainOptions(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ffn=24, teacher_steps=3, steps=4, batch_size=4, micro_batch=2,
     lora_r=2, lora_alpha=2, prj_dim=8, n_latents=2, save_every=2, eval_every=0, eval_problems=4, device="cpu",
     precision="float32", direct_fraction=0.5, direct_weight=0.1,
@@ -41,7 +45,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train") / "run"
-    train.main(replace(TOY, out=str(folder)))
+    main(replace(TOY, out=folder))
     return folder
 
 
@@ -67,20 +71,20 @@ def test_every_loss_term_of_every_step_is_logged(finished: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(TOY, out=str(tmp_path / "run"))
-    whole = train.problems_of_step
+    config = replace(TOY, out=tmp_path / "run")
+    whole = training_data.problems_of_step
 
     def failing(*arguments: object) -> object:
         if arguments[2:4] == ("distillation", 3):
             raise KeyboardInterrupt
         return whole(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train, "problems_of_step", failing)
+    monkeypatch.setattr(training_stage, "problems_of_step", failing)
     with pytest.raises(KeyboardInterrupt):
-        train.main(config)
+        main(config)
     assert not (tmp_path / "run" / "checkpoint").exists()
-    monkeypatch.setattr(train, "problems_of_step", whole)
-    train.main(config)
+    monkeypatch.setattr(training_stage, "problems_of_step", whole)
+    main(config)
     one, two = state(finished), state(tmp_path / "run")
     assert one.keys() == two.keys()
     for name in one:
@@ -94,7 +98,7 @@ def test_steps_that_come_again_are_logged_once(finished: Path, tmp_path: Path) -
     state_file = folder / "distillation.pt"
     saved = torch.load(state_file, weights_only=True)
     torch.save(saved | {"step": 2}, state_file)  # as after a crash: two steps logged beyond the last state
-    train.main(replace(TOY, out=str(folder)))
+    main(replace(TOY, out=folder))
 
     def keys(text: str) -> list[str]:
         return [line.rsplit(",", 3)[0] for line in text.splitlines()]
@@ -103,8 +107,8 @@ def test_steps_that_come_again_are_logged_once(finished: Path, tmp_path: Path) -
 
 
 def test_another_configuration_is_refused(finished: Path) -> None:
-    with pytest.raises(ValueError, match="lora_r: 2 there, 3 here"):
-        train.main(replace(TOY, out=str(finished), lora_r=3))
+    with pytest.raises(ValueError, match=r"options\.lora_r: 2 -> 3"):
+        main(replace(TOY, out=finished, lora_r=3))
 
 
 def test_a_published_base_needs_no_teacher(finished: Path, tmp_path: Path) -> None:
@@ -113,8 +117,8 @@ def test_a_published_base_needs_no_teacher(finished: Path, tmp_path: Path) -> No
     data = tmp_path / "train.txt"
     data.write_text("\n".join(lines) + "\n")
     base = finished / "checkpoint" / "base"
-    config = replace(TOY, out=str(tmp_path / "run"), init=str(base), data=str(data), steps=2, teacher_steps=None)
-    train.main(config)
+    config = replace(TOY, out=tmp_path / "run", init=str(base), data=str(data), steps=2, teacher_steps=None)
+    main(config)
     assert not (tmp_path / "run" / "teacher.pt").exists()
     model = load_codi(tmp_path / "run" / "checkpoint")
     assert model.protocol.question_suffix.startswith(" Output only the answer")
@@ -124,8 +128,8 @@ def test_a_published_base_needs_no_teacher(finished: Path, tmp_path: Path) -> No
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
     def draw(seed: int, step: int) -> list[str]:
-        config = train.resolve(replace(TOY, seed=seed))
-        return [p.question for p in train.problems_of_step(config, None, "distillation", step, 10)]
+        config = resolve(replace(TOY, seed=seed))
+        return [p.question for p in training_data.problems_of_step(config, None, "distillation", step, 10)]
 
     assert draw(0, 1) == draw(0, 1) != draw(0, 2)
     assert draw(1, 1) != draw(0, 1)
@@ -145,7 +149,30 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 )
 def test_mistakes(tmp_path: Path, changes: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ValueError, match=message):
-        train.main(replace(TOY, out=str(tmp_path / "run"), **changes))
+        main(replace(TOY, out=tmp_path / "run", **changes))
+
+
+def test_the_run_folder(finished: Path, tmp_path: Path) -> None:
+    """A run like any other: manifest and result; foreign folders are refused, those of early versions go on."""
+    manifest = json.loads((finished / "manifest.json").read_text())
+    settings = json.loads((finished / "config.json").read_text())
+    assert manifest["identity"] == {"study": "train", "format": 1, "options": settings} and manifest["sittings"]
+    result = Result.read(finished)
+    assert result.study == "train" and set(result.tables["losses"]["stage"]) == {"teacher", "distillation"}
+    early = tmp_path / "early"
+    shutil.copytree(finished, early, ignore=shutil.ignore_patterns("manifest.json", "result.json", "summary.md"))
+    with pytest.raises(ValueError, match=r"other options.*options\.lora_r: 2 -> 3"):
+        main(replace(TOY, out=early, lora_r=3))
+    with pytest.raises(ValueError, match=r"other options.*options\.lora_r: 2 -> 3"):
+        replace(TOY, out=early, lora_r=3).check_inputs()
+    assert not (early / "manifest.json").exists()
+    main(replace(TOY, out=early))
+    assert json.loads((early / "manifest.json").read_text())["fingerprint"] == manifest["fingerprint"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and not a run folder"):
+        main(replace(TOY, out=tmp_path / "notes"))
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
 
 
 # --- Presets ----------------------------------------------------------------------------------------------------------
@@ -189,9 +216,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_published_settings_are_those_of_the_base(bases: dict[str, str], data: str) -> None:
     """Shen et al. 2025: rank 128, alpha 32, decay 0.1, clip 2, batch 128; answer-only adds direct answers."""
-    llama = train.resolve(train.Config(init=bases["llama"], data=data))
+    llama = resolve(TrainOptions(init=bases["llama"], data=data))
     assert (llama.lr, llama.epochs, llama.kd_weight, llama.prj_dim) == (8e-4, 10, 20, 2048)
-    gpt2 = train.resolve(train.Config(init=bases["gpt2"], data=data, protocol="original"))
+    gpt2 = resolve(TrainOptions(init=bases["gpt2"], data=data, protocol="original"))
     assert (gpt2.lr, gpt2.epochs, gpt2.kd_weight, gpt2.prj_dim) == (3e-3, 40, 1, 768)
     for found in (llama, gpt2):
         assert (found.lora_r, found.lora_alpha, found.weight_decay, found.clip) == (128, 32, 0.1, 2.0)
@@ -199,19 +226,19 @@ def test_published_settings_are_those_of_the_base(bases: dict[str, str], data: s
         assert found.teacher_steps == 0 and not found.merged and not found.last_step
         assert found.step_weight == 0
     assert llama.direct_fraction * llama.direct_weight == 1 and gpt2.direct_fraction == 0
-    tiny = train.resolve(train.Config())
-    assert tiny == train.Resolved(preset="tiny") and tiny.merged and tiny.teacher_steps > 0
+    tiny = resolve(TrainOptions())
+    assert tiny == Resolved(preset="tiny") and tiny.merged and tiny.teacher_steps > 0
 
 
 def test_what_is_given_beats_the_preset_even_where_it_is_the_default_of_another(
     bases: dict[str, str], data: str
 ) -> None:
-    tiny = train.Resolved()
+    tiny = Resolved()
     given = {"lora_r": tiny.lora_r, "micro_batch": tiny.micro_batch, "merged": True, "teacher_steps": 5}
-    found = train.resolve(train.Config(init=bases["llama"], data=data, **given))  # type: ignore[arg-type]
+    found = resolve(TrainOptions(init=bases["llama"], data=data, **given))  # type: ignore[arg-type]
     assert {name: getattr(found, name) for name in given} == given and found.lora_alpha == 32
-    assert train.resolve(train.Config(init=bases["llama"], data=data, steps=7)).epochs == 0
-    assert train.resolve(train.Config(init=bases["llama"])).epochs == 0  # the generator has no end
+    assert resolve(TrainOptions(init=bases["llama"], data=data, steps=7)).epochs == 0
+    assert resolve(TrainOptions(init=bases["llama"])).epochs == 0  # the generator has no end
 
 
 @pytest.mark.parametrize(
@@ -223,11 +250,11 @@ def test_published_path(
 ) -> None:
     """A given base, LoRA kept apart, finite data by epochs: the checkpoint has the base weights and a trained LoRA."""
     AcceleratorState._reset_state(reset_partial_state=True)  # another precision than the tests before
-    config = train.Config(
-        out=str(tmp_path / "run"), init=bases[kind], data=data, protocol=protocol, precision=precision, device="cpu",
+    config = TrainOptions(
+        out=tmp_path / "run", init=bases[kind], data=data, protocol=protocol, precision=precision, device="cpu",
         epochs=2, batch_size=8, micro_batch=4, lora_r=2, prj_dim=8, n_latents=2, eval_every=0, eval_problems=8,
     )  # type: ignore[arg-type]  # fmt: skip
-    train.main(config)
+    main(config)
     AcceleratorState._reset_state(reset_partial_state=True)
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert max(int(r["step"]) for r in rows) == 2 * (32 // 8)
@@ -244,7 +271,7 @@ def test_published_path(
 
 def test_answers_are_written_in_full() -> None:
     def answer(value: int | float) -> str:
-        return train._text(replace(arithmetic.generate(1)[0], answer=value), "number").answer_text
+        return training_data.text_of(replace(arithmetic.generate(1)[0], answer=value), "number").answer_text
 
     assert [answer(v) for v in (12, 1234567.5, 0.00001, -3)] == ["12", "1234567.5", "0.00001", "-3"]
 
@@ -252,16 +279,16 @@ def test_answers_are_written_in_full() -> None:
 def test_the_last_equation_can_be_left_out() -> None:
     """Published training leaves it out: a teacher that has written the result only copies it."""
     problem = arithmetic.generate(1, min_steps=3)[0]
-    assert train._text(problem, "number").chain == problem.chain
+    assert training_data.text_of(problem, "number").chain == problem.chain
     *others, last = problem.steps
-    short = train._text(problem, "number", last_step=False)
+    short = training_data.text_of(problem, "number", last_step=False)
     assert short.chain == "".join(f"<<{step}>>" for step in others) and last not in short.chain
     assert short.answer_text == str(problem.answer)
-    assert train._text(replace(problem, steps=()), "number", last_step=False).chain == ""
+    assert training_data.text_of(replace(problem, steps=()), "number", last_step=False).chain == ""
 
 
 def test_the_step_term_leaves_in_time() -> None:
-    shares = [train.guidance(step, 1000) for step in (0, 499, 625, 750, 999)]
+    shares = [training_stage.guidance(step, 1000) for step in (0, 499, 625, 750, 999)]
     assert shares == pytest.approx([1, 1, 0.5, 0, 0])
 
 
@@ -270,10 +297,10 @@ def test_the_step_term_leaves_in_time() -> None:
 
 @pytest.mark.parametrize(("batch", "micro", "ranks", "size"), [(128, 16, 8, 16), (128, 64, 8, 16), (12, 2, 3, 2)])
 def test_processes_share_a_batch(batch: int, micro: int, ranks: int, size: int) -> None:
-    config = train.resolve(replace(TOY, batch_size=batch, micro_batch=micro))
-    assert train.micro_batch_of(config, ranks) == size
+    config = resolve(replace(TOY, batch_size=batch, micro_batch=micro))
+    assert micro_batch_of(config, ranks) == size
     problems = arithmetic.generate(batch)
-    shares = [list(train.micro_batches(problems, size, rank, ranks)) for rank in range(ranks)]
+    shares = [list(training_data.micro_batches(problems, size, rank, ranks)) for rank in range(ranks)]
     assert {len(part) for share in shares for part in share} == {size}
     assert len({len(share) for share in shares}) == 1
     seen = [p.prompt_id for share in shares for part in share for p in part]
@@ -282,12 +309,12 @@ def test_processes_share_a_batch(batch: int, micro: int, ranks: int, size: int) 
 
 def test_processes_that_cannot_share_a_batch() -> None:
     with pytest.raises(ValueError, match="multiple of the 3 processes, got 128"):
-        train.micro_batch_of(train.resolve(replace(TOY, batch_size=128)), 3)
+        micro_batch_of(resolve(replace(TOY, batch_size=128)), 3)
     with pytest.raises(ValueError, match=r"multiple of micro-batch, got 12 \(6 per process\) and 4"):
-        train.micro_batch_of(train.resolve(replace(TOY, batch_size=12, micro_batch=4)), 2)
+        micro_batch_of(resolve(replace(TOY, batch_size=12, micro_batch=4)), 2)
 
 
-def launch(config: train.Config, processes: int) -> subprocess.CompletedProcess[str]:
+def launch(config: TrainOptions, processes: int) -> subprocess.CompletedProcess[str]:
     """`codi train` in several processes on the CPU."""
     options = [
         f"--{name.replace('_', '-')}={value}"
@@ -308,13 +335,13 @@ def test_two_processes_train_together(tmp_path: Path) -> None:
     One problem per micro-batch: then the mean over micro-batches does not depend on how they are dealt out.
     """
     config = replace(TOY, batch_size=4, micro_batch=1, teacher_steps=1, steps=2, save_every=1, direct_fraction=0.0)
-    train.main(replace(config, out=str(tmp_path / "one")))
+    main(replace(config, out=tmp_path / "one"))
     # two processes go on from the teacher that one has trained
     shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("checkpoint", "distillation.pt"))
-    together = launch(replace(config, out=str(tmp_path / "two")), 2)
+    together = launch(replace(config, out=tmp_path / "two"), 2)
     assert together.returncode == 0, together.stderr[-2000:]
     assert together.stdout.count("checkpoint written") == 1  # by the main process alone
-    train.main(replace(config, out=str(tmp_path / "half"), batch_size=2))  # what one of them would learn alone
+    main(replace(config, out=tmp_path / "half", batch_size=2))  # what one of them would learn alone
     learnt = {
         name: torch.cat([v.flatten() for k, v in state(tmp_path / name).items() if "lora_B" in k])
         for name in ("one", "two", "half")

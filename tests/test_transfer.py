@@ -9,36 +9,43 @@ import torch
 from planted import planted_model, planted_problems, planted_split
 
 from codi import CodiModel
-from experiments.latents.transfer import Config, prompt_means, run
-from experiments.study.shared import Result
+from experiments.latents.options import TransferOptions
+from experiments.latents.transfer import LEVELS, conditions, given_back, prompt_means, run
+from experiments.statistics.effects import Selector, row_of
+from experiments.study.result import Result
 from steering.replacements import AblatePrompt
 
 
 def moved(out: Path, carrier: str) -> Result:
-    config = Config(out=out, draws=1, resamples=200, permutations=200, task="planted")
+    config = TransferOptions(out=out, draws=1, resamples=200, permutations=200, task="planted")
     return run(config, planted_model(carrier), planted_split())  # type: ignore[arg-type]
+
+
+def mean(result: Result, chosen: Selector, table: str = "levels") -> float:
+    return row_of(result.tables[table], chosen)["mean"]
 
 
 def test_planted_latents_bring_the_answer_back(tmp_path: Path) -> None:
     result = moved(tmp_path / "run", "latents")
-    own = result.tables["levels"].set_index("condition")["mean"]
-    donor = result.tables["donor_levels"].set_index("condition")["mean"]
-    assert own["intact + nothing"] == 1 and own["ablated + nothing"] == 0
-    for level in ("vectors", "slots"):
-        assert own[f"ablated + own {level}"] == 1 and own[f"ablated + same value {level}"] == 1
+    assert mean(result, given_back("intact")) == 1 and mean(result, given_back("ablated")) == 0
+    for level in LEVELS:
+        assert mean(result, given_back("ablated", "own", level)) == 1
+        assert mean(result, given_back("ablated", "same value", level)) == 1
         for state in ("ablated", "intact"):  # the answer follows the latents, whatever the prompt says
-            assert own[f"{state} + other value {level}"] < 0.3
-            assert donor[f"{state} + other value {level}"] == 1
+            other = given_back(state, "other value", level)
+            assert mean(result, other) < 0.3
+            assert mean(result, other, "donor_levels") == 1
     assert {claim.verdict for claim in result.claims or () if "own" in claim.name} == {"held"}
+    assert Result.read(result.path).markdown() == result.text
 
 
 def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
     result = moved(tmp_path / "run", "prompt")
-    own = result.tables["levels"].set_index("condition")["mean"]
-    assert all(own[name] == 0 for name in own.index if name.startswith("ablated"))
-    assert all(own[name] == 1 for name in own.index if name.startswith("intact"))
+    assert len(result.tables["levels"]) == len(conditions())
+    assert all(mean(result, one) == 0 for one in conditions() if one["state"] == "ablated")
+    assert all(mean(result, one) == 1 for one in conditions() if one["state"] == "intact")
     # this model reads the numbers in its first block: the published ablation leaves them there
-    assert own["leaky + nothing"] == 1
+    assert mean(result, given_back("leaky")) == 1
     assert "not held" in {claim.verdict for claim in result.claims or () if "own" in claim.name}
 
 
@@ -64,4 +71,4 @@ def test_needs_donors(tmp_path: Path) -> None:
 
     one = planted_problems(1)[:2]
     with pytest.raises(ValueError, match="derivation"):
-        run(Config(out=tmp_path / "run"), planted_model(), Split(tuple(one), tuple(one)))
+        run(TransferOptions(out=tmp_path / "run"), planted_model(), Split(tuple(one), tuple(one)))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from experiments.study.options import AnswerOptions, ModelOptions, PromptOptions, ResampleOptions, RunOptions
+from experiments.study.options import AnswerOptions, Bounds, IntervalOptions, ModelOptions, PromptOptions, RunOptions
 
 if TYPE_CHECKING:
     from experiments.tasks.split import Split
@@ -22,13 +22,12 @@ steps of a template leave three."""
 
 
 @dataclass(frozen=True)
-class AlternationOptions(ResampleOptions, AnswerOptions, RunOptions, PromptOptions, ModelOptions):
+class AlternationOptions(IntervalOptions, AnswerOptions, RunOptions, PromptOptions, ModelOptions):
     """Do even latents store and odd latents compute? One test over all measures, one verdict."""
 
     COMMAND: ClassVar[str] = "alternation"
     AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 2}
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"alpha", "lens"})  # the lens enters by its weights
-    TASK_WORDS: ClassVar[tuple[str, ...]] = (BOTH,)
 
     out: Path = Path("runs/alternation")
     task: str = BOTH
@@ -50,11 +49,15 @@ class AlternationOptions(ResampleOptions, AnswerOptions, RunOptions, PromptOptio
             raise ValueError(f"alpha must lie between 0 and 1, got {self.alpha}")
 
     @property
+    def chosen_task(self) -> str:
+        return "templates" if self.task == BOTH else self.task
+
+    @property
     def asked(self) -> str:
         return "templates and arithmetic" if self.task == BOTH else self.task
 
     @property
-    def bounds(self) -> dict[str, int | None]:
+    def bounds(self) -> Bounds:
         """As of every command; the arithmetic problems of "both" have five steps unless other bounds are given."""
         if self.task == BOTH and self.min_steps is None and self.max_steps is None:
             return {"min_steps": STEPS, "max_steps": STEPS, "reach": self.reach}

@@ -305,7 +305,9 @@ def draw_matrix(
     if scale is None:
         scale = Scale.signed(values) if signed else Scale.magnitude(values)
     texts = numbers(values, form)
-    box, page = axis.get_position(), axis.figure.get_size_inches()  # before the layout: about right
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    box, page = axis.get_position(), figure.get_size_inches()  # before the layout: about right
     wide, tall = box.width * page[0] / max(1, len(columns)), box.height * page[1] / max(1, len(rows))
     longest = max((len(text) for line in texts for text in line), default=0)
     fits = 0.0085 * SMALL * longest < wide and 0.0165 * SMALL < tall
@@ -320,7 +322,7 @@ def draw_matrix(
     _thin_labels(axis, [str(row) for row in rows], [str(column) for column in columns], 1.12 * wide, 1.12 * tall)
     axis.set_title(title)
     if bar:
-        colour_bar(axis.figure, scale, of=axis, form="", aspect=20)  # type: ignore[arg-type]
+        colour_bar(figure, scale, of=axis, aspect=20)
 
 
 def _thin_labels(axis: Axes, rows: Sequence[str], columns: Sequence[str], wide: float, tall: float) -> None:

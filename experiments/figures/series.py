@@ -14,7 +14,6 @@ know: what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from experiments.figures.style import BAND, BASELINE, CONTROL, look, number_text
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 __all__ = ["DASHES", "band", "baseline", "draw_bars", "draw_points", "draw_series", "from_zero", "in_points", "spread"]
 
@@ -33,14 +33,16 @@ _LINE: dict[str, Any] = {"markersize": 3.2, "linewidth": 1.1, "elinewidth": 0.8,
 
 
 def spread(table: pd.DataFrame, name: str = "mean", scale: float = 1.0) -> np.ndarray:
-    """(2, point): how far the bounds lie from the estimate, below and above, as error bars want it."""
+    """(2, point): how far the bounds lie from the estimate, below and above, as error bars want it; a bound that is not
+    finite is not drawn."""
     values = table[name].to_numpy(float)
-    return scale * np.abs(np.stack([values - table["lower"].to_numpy(float), table["upper"].to_numpy(float) - values]))
+    reach = np.abs(np.stack([values - table["lower"].to_numpy(float), table["upper"].to_numpy(float) - values]))
+    return scale * np.where(np.isfinite(reach), reach, 0.0)
 
 
 def draw_series(
     axis: Axes,
-    x: Sequence[float],
+    x: ArrayLike,
     table: pd.DataFrame,
     label: str,
     place: int,
@@ -79,8 +81,8 @@ def draw_series(
 
 def draw_points(
     axis: Axes,
-    x: Sequence[float],
-    y: Sequence[float],
+    x: ArrayLike,
+    y: ArrayLike,
     label: str,
     place: int,
     *,
@@ -105,12 +107,12 @@ def draw_points(
         options: of matplotlib's errorbar.
     """
     style = {**_LINE, "markersize": 4, **look(place, control), "linestyle": "-" if joined else "none", **options}
-    axis.errorbar(x, y, xerr=across, yerr=up, label=label, **style)
+    axis.errorbar(np.asarray(x, float), np.asarray(y, float), xerr=across, yerr=up, label=label, **style)
 
 
 def draw_bars(
     axis: Axes,
-    x: Sequence[float],
+    x: ArrayLike,
     table: pd.DataFrame,
     label: str,
     place: int,
@@ -131,17 +133,27 @@ def draw_bars(
 
 def band(
     axis: Axes,
-    x: Sequence[float],
-    lower: Sequence[float],
-    upper: Sequence[float],
+    x: ArrayLike,
+    lower: ArrayLike,
+    upper: ArrayLike,
     label: str | None = None,
-    mean: Sequence[float] | None = None,
+    mean: ArrayLike | None = None,
     mean_label: str | None = None,
 ) -> None:
     """Where single random draws lie, behind everything else; their mean as a dashed line."""
-    axis.fill_between(np.asarray(x, float), lower, upper, color=BAND, lw=0, zorder=1, label=label)
+    axis.fill_between(
+        np.asarray(x, float),
+        np.asarray(lower, float),
+        np.asarray(upper, float),
+        color=BAND,
+        lw=0,
+        zorder=1,
+        label=label,
+    )
     if mean is not None:
-        axis.plot(x, mean, color=CONTROL, lw=0.9, ls=DASHES, zorder=2, label=mean_label)
+        axis.plot(
+            np.asarray(x, float), np.asarray(mean, float), color=CONTROL, lw=0.9, ls=DASHES, zorder=2, label=mean_label
+        )
 
 
 def baseline(axis: Axes, level: float = 0.0, label: str | None = None, **options: Any) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pandas as pd
+
+from experiments.statistics.clusters import Settings
+from experiments.statistics.effects import Selector, compare
 from experiments.study.claims import Claim, effect_claim, judge
 
-__all__ = ["MARGIN", "number_claims"]
+__all__ = ["CLAIMED", "MARGIN", "claimed_latents", "number_claims"]
 
 MARGIN = 0.02
 """A loss of less than this (two points) counts as no harm in claims of no effect."""
+CLAIMED = (3, 5)
+"""The latents that hold what the answer needs, as C3 has it."""
 
 
 def number_claims(step: Callable[[int], Mapping[str, Any]], n: int) -> list[Claim]:
@@ -40,3 +46,39 @@ def number_claims(step: Callable[[int], Mapping[str, Any]], n: int) -> list[Clai
             sixth,
         ),
     ]
+
+
+def claimed_latents(
+    trials: pd.DataFrame,
+    of: Callable[[int], tuple[Selector, Selector]],
+    n: int,
+    outcome: str = "correct",
+    settings: Settings | None = None,
+) -> pd.DataFrame:
+    """C3 in one number: (an edit − its control) at latents 3 and 5, against the same at the other latents.
+
+    Args:
+        trials: rows of both, with prompt_id, cluster and the outcome.
+        of: latent -> the columns that name the edit there, and those that name its control.
+        n: latents of the model, at least 5.
+        outcome: column, bool or number.
+        settings: of the statistics.
+
+    Returns:
+        One row of `compare`, claimed True against reference_claimed False.
+    """
+    names = ["cluster", "prompt_id"]
+
+    def mean(chosen: Selector) -> pd.Series:
+        rows = trials.loc[(trials[list(chosen)] == pd.Series(chosen)).all(axis=1), [*names, outcome]]
+        if rows.empty:
+            raise ValueError(f"the trials have no {', '.join(f'{name} {value!r}' for name, value in chosen.items())}")
+        return rows.astype({outcome: float}).groupby(names)[outcome].mean()
+
+    rows = []
+    for latent in range(1, n + 1):
+        edited, control = (mean(chosen) for chosen in of(latent))
+        value = (edited - control).rename("value").dropna().reset_index()
+        rows.append(value.assign(claimed=latent in CLAIMED))
+    contrast: tuple[Selector, Selector] = ({"claimed": True}, {"claimed": False})
+    return compare(pd.concat(rows, ignore_index=True), [contrast], ["claimed"], "value", settings)

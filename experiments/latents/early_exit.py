@@ -13,102 +13,139 @@ gives to exactly this answer and the end of text after it. From these, without r
                stopping times dealt out to other prompts. Upper bound, "oracle": the first latent whose answer is the
                final one. Deciding costs an answer per latent; what is counted here is latents.
 
-Runs as `codi early-exit` or `python -m experiments.latents.early_exit`. No published numbers, so --legacy only changes
-prompts.
+Trials: `exits` and, for the threshold, `derivation` (n_latents, confidence). Runs as `codi early-exit` or
+`python -m experiments.latents.early_exit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from sklearn.metrics import roc_auc_score
 
 from codi.decode import decode_answers
 from codi.forced import forced
-from experiments.figures.style import CONTROL, FAINT, SERIES, legend
+from experiments.figures.series import draw_series
+from experiments.figures.style import CONTROL, FAINT, SERIES, legend, new_figure
 from experiments.latents.claims import number_claims
+from experiments.latents.options import EarlyExitOptions
 from experiments.statistics.clusters import Settings, cluster_codes, cluster_sums, interval_of
+from experiments.statistics.effects import Selector, compare, levels, row_of, rows_of
+from experiments.statistics.words import interval, p_text
+from experiments.study.answers import answer_table, trial_schema
 from experiments.study.claims import ClaimsTable
-from experiments.study.shared import (
-    Result,
-    StudyOptions,
-    answer_table,
-    compare,
-    draw_series,
-    interval,
-    levels,
-    load_model,
-    load_prompts,
-    new_figure,
-    open_study,
-    p_text,
-    row_of,
-    stderr,
-)
-from experiments.tasks import Problem
+from experiments.study.parts import Part, Workbench
+from experiments.study.result import Result, Section
+from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.tasks.split import Split
 from steering.directions import generator
 
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["Config", "calibration", "exits", "main", "policies", "run"]
+__all__ = ["STUDY", "Plan", "calibration", "chosen_threshold", "exits", "main", "policies", "run", "stops_at"]
 
 BINS = 10
 
+EXITS = trial_schema(n_latents=pa.int16(), confidence=pa.float64())
+"""Answers after n_latents latents, 0..n; confidence is a probability."""
+COUNT = ("n_latents",)
+POLICY = ("policy", "n_latents", "shuffled")
+"""policy: fixed (n_latents says where it stops; elsewhere -1), confidence, stable or oracle."""
+
+
+def after(k: int) -> Selector:
+    """Answers after k latents."""
+    return {"n_latents": k}
+
+
+def fixed(k: int) -> Selector:
+    """Everybody stops after k latents."""
+    return {"policy": "fixed", "n_latents": k, "shuffled": False}
+
+
+def policy(name: str, shuffled: bool = False) -> Selector:
+    """A policy that decides prompt by prompt, or its control."""
+    return {"policy": name, "n_latents": -1, "shuffled": shuffled}
+
+
+# --- Plan and parts ---------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Config(StudyOptions):
-    """Answer after each latent: agreement, calibration, latents saved."""
+class Plan:
+    """The study with everything resolved."""
 
-    out: Path = Path("runs/early-exit")
-    """Run folder. One that holds the same run is continued; one that holds another run is refused."""
-    task: str = "arithmetic"
-    """Prompts: arithmetic, templates, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
-    limit: int | None = 400
-    """Number of evaluation prompts (a seeded choice); None: all."""
-    derivation: int = 400
-    """Prompts on which the threshold is chosen; they share no question and no numbers with the evaluation prompts."""
-    allowed_loss: float = 0.01
-    """Largest loss of accuracy, a fraction, that the threshold may cost on the derivation prompts."""
-    patience: int = 1
-    """Policy "stable": so many further latents must give the same answer."""
-    draws: int = 20
-    """Draws of the shuffled control."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.allowed_loss < 1:
-            raise ValueError(f"allowed-loss must be in 0..1, got {self.allowed_loss}")
-        if self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}")
+    n_latents: int
+    allowed_loss: float
+    patience: int
+    draws: int
+    seed: int
+    batch_size: int
+    max_new_tokens: int | None
+    settings: Settings
+    asked: str
 
 
-def exits(model: CodiModel, problems: Sequence[Problem], config: Config) -> pd.DataFrame:
-    """Trial table of answers after every number of latents, conditions "0".."n", with `confidence` (a probability)."""
-    parts = []
+def make_plan(options: EarlyExitOptions, model: CodiModel, prompts: Split) -> Plan:
+    """The plan that the options ask for."""
+    return Plan(
+        n_latents=model.n_latents,
+        allowed_loss=options.allowed_loss,
+        patience=options.patience,
+        draws=options.draws,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        settings=options.statistics(options.seed),
+        asked=options.asked,
+    )
+
+
+def parts(plan: Plan) -> list[Part]:
+    """The same answers of both sets of prompts."""
+    how = {"batch_size": plan.batch_size, "max_new_tokens": plan.max_new_tokens}
+    return [
+        Part("exits", exits, {"side": "evaluation", **how}, plan.seed, EXITS),
+        Part("derivation", exits, {"side": "derivation", **how}, plan.seed, EXITS),
+    ]
+
+
+def exits(
+    bench: Workbench,
+    *,
+    side: Literal["evaluation", "derivation"],
+    batch_size: int,
+    max_new_tokens: int | None,
+    seed: int,
+) -> pd.DataFrame:
+    """Answers after every number of latents, with their confidence."""
+    model = bench.model
+    problems = bench.prompts.evaluation if side == "evaluation" else bench.prompts.derivation
+    found = []
     order = sorted(range(len(problems)), key=lambda i: -len(problems[i].question))
-    for start in range(0, len(order), config.batch_size):
-        rows = order[start : start + config.batch_size]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
         whole = model.rollout(model.encode([problems[i].question for i in rows]), model.n_latents, keep=("cache",))
         for k in range(model.n_latents + 1):
             thought = whole.truncate(k)
-            answers = decode_answers(model, thought, config.max_new_tokens)
+            answers = decode_answers(model, thought, max_new_tokens)
             logp, there, _, _ = forced(model, thought, answers.tokens)
             score = np.zeros(len(rows))
             for row, tokens in enumerate(answers.tokens):
                 ids = [*tokens, model.protocol.eos_id] if answers.finished[row] else list(tokens)
                 score[row] = sum(float(logp[row, place, token]) for place, token in enumerate(ids))
             assert bool(there.any(1).all())
-            parts.append(
-                answer_table(problems, rows, answers.texts, condition=str(k), latent=k, confidence=np.exp(score))
-            )
-    return pd.concat(parts, ignore_index=True)
+            found.append(answer_table(problems, rows, answers.texts, n_latents=k, confidence=np.exp(score)))
+    return pd.concat(found, ignore_index=True)
+
+
+# --- Calibration ------------------------------------------------------------------------------------------------------
 
 
 def calibration(trials: pd.DataFrame, settings: Settings) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -119,59 +156,53 @@ def calibration(trials: pd.DataFrame, settings: Settings) -> tuple[pd.DataFrame,
         settings: resamples and seed.
 
     Returns:
-        One row per number of latents: latent, n, n_clusters, accuracy, confidence (means), ece with ece_lower and
-        ece_upper (95 %, bootstrap over clusters), brier, skill (1 - brier / brier of always saying the accuracy; 1 is
+        One row per number of latents: n_latents, n, n_clusters, accuracy, confidence (means), ece with ece_lower and
+        ece_upper (bootstrap over clusters), brier, skill (1 - brier / brier of always saying the accuracy; 1 is
         perfect, 0 no use, NaN if all answers are right or all wrong), auroc (0.5: confidence does not tell right from
-        wrong; NaN likewise). And the reliability table: latent, bin, confidence, accuracy, n.
+        wrong; NaN likewise). And the reliability table: n_latents, bin, confidence, accuracy, n.
 
     Source: expected calibration error, Naeini et al. 2015; Brier 1950.
     """
     rows, bins = [], []
-    for latent, part in trials.groupby("latent", sort=True):
-        codes, names = cluster_codes(part["cluster"])
+    for number, part in trials.groupby("n_latents", sort=True):
         right, confidence = part["correct"].to_numpy(float), part["confidence"].to_numpy(float)
         place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-        gaps = np.eye(BINS)[place] * (right - confidence)[:, None]
-        sums, counts = cluster_sums(gaps, codes, len(names))
-        _, lower, upper = interval_of(
-            _ece,
-            np.vstack([sums, counts[:1]]),
-            weights=settings.weights(len(names)),
-            n_clusters=len(names),
-            level=settings.level,
-            bounds=(0.0, 1.0),
-        )
         accuracy = right.mean()
         brier, always = ((confidence - right) ** 2).mean(), accuracy * (1 - accuracy)
         both = 0 < accuracy < 1
+        error = _ece_row(np.eye(BINS)[place] * (right - confidence)[:, None], part["cluster"], settings)
         rows.append(
-            {
-                "latent": latent,
-                "n": len(part),
-                "n_clusters": len(names),
-                "accuracy": accuracy,
-                "confidence": confidence.mean(),
-                "ece": float(_ece(np.append(gaps.sum(0), len(part)))),
-                "ece_lower": lower[0],
-                "ece_upper": upper[0],
+            {"n_latents": number, "n": len(part), "accuracy": accuracy, "confidence": confidence.mean()}
+            | error
+            | {
                 "brier": brier,
                 "skill": 1 - brier / always if both else np.nan,
                 "auroc": roc_auc_score(right, confidence) if both else np.nan,
             }
         )
-        for number in range(BINS):
-            here = place == number
-            if here.any():
-                bins.append(
-                    {
-                        "latent": latent,
-                        "bin": number,
-                        "confidence": confidence[here].mean(),
-                        "accuracy": right[here].mean(),
-                        "n": int(here.sum()),
-                    }
-                )
-    return pd.DataFrame(rows), pd.DataFrame(bins)
+        for one in np.unique(place):
+            here = place == one
+            means = {"confidence": confidence[here].mean(), "accuracy": right[here].mean()}
+            bins.append({"n_latents": number, "bin": one, **means, "n": int(here.sum())})
+    names = ["n_latents", "n", "n_clusters", "accuracy", "confidence"]
+    table = pd.DataFrame(rows)
+    return table[[*names, *(name for name in table if name not in names)]], pd.DataFrame(bins)
+
+
+def _ece_row(gaps: np.ndarray, clusters: pd.Series, settings: Settings) -> dict[str, Any]:
+    """Expected calibration error with its interval, from (prompt, bin) values of right - confidence."""
+    codes, names = cluster_codes(clusters)
+    sums, counts = cluster_sums(gaps, codes, len(names))
+    _, lower, upper = interval_of(
+        _ece,
+        np.vstack([sums, counts[:1]]),
+        weights=settings.weights(len(names)),
+        n_clusters=len(names),
+        level=settings.level,
+        bounds=(0.0, 1.0),
+    )
+    error = float(_ece(np.append(gaps.sum(0), len(gaps))))
+    return {"n_clusters": len(names), "ece": error, "ece_lower": lower[0], "ece_upper": upper[0]}
 
 
 def _ece(sums: np.ndarray) -> np.ndarray:
@@ -183,9 +214,12 @@ def _ece(sums: np.ndarray) -> np.ndarray:
     return np.abs(sums[..., :-1]).sum(-1) / sums[..., -1]
 
 
+# --- Policies ---------------------------------------------------------------------------------------------------------
+
+
 def _wide(trials: pd.DataFrame, value: str) -> np.ndarray:
-    """(prompt, latent 0..n), prompts in the order of prompt_id."""
-    return trials.pivot(index="prompt_id", columns="latent", values=value).to_numpy()
+    """(prompt, latents 0..n), prompts in the order of prompt_id."""
+    return trials.pivot(index="prompt_id", columns="n_latents", values=value).to_numpy()
 
 
 def stops_at(trials: pd.DataFrame, threshold: float) -> np.ndarray:
@@ -207,121 +241,155 @@ def chosen_threshold(trials: pd.DataFrame, allowed_loss: float) -> float:
     return best
 
 
-def policies(trials: pd.DataFrame, derivation: pd.DataFrame, config: Config) -> tuple[pd.DataFrame, float]:
-    """Trial table of every policy, with `latents` used; and the threshold of the policy "confidence"."""
-    n = int(trials["latent"].max())
-    threshold = chosen_threshold(derivation, config.allowed_loss)
-    prediction = pd.DataFrame(_wide(trials, "text"))
-    texts = prediction.to_numpy()
+def policies(
+    trials: pd.DataFrame, derivation: pd.DataFrame, *, allowed_loss: float, patience: int, draws: int, seed: int
+) -> tuple[pd.DataFrame, float]:
+    """What becomes of every prompt under every policy.
+
+    Args:
+        trials: from `exits`.
+        derivation: the same of the prompts on which the threshold of the policy "confidence" is chosen.
+        allowed_loss: see `chosen_threshold`.
+        patience: of the policy "stable".
+        draws: of the shuffled controls.
+        seed: of the shuffles.
+
+    Returns:
+        prompt_id, cluster, the columns POLICY, draw (-1: not drawn), latents (used), correct; and the threshold.
+    """
+    n = int(trials["n_latents"].max())
+    threshold = chosen_threshold(derivation, allowed_loss)
+    texts = _wide(trials, "text")
     same = texts == texts[:, -1:]
     stable = np.full(len(texts), n)
-    for k in range(n, config.patience - 1, -1):
-        repeated = np.all([texts[:, k] == texts[:, k - back] for back in range(1, config.patience + 1)], axis=0)
+    for k in range(n, patience - 1, -1):
+        repeated = np.all([texts[:, k] == texts[:, k - back] for back in range(1, patience + 1)], axis=0)
         stable[repeated] = k
     confident = stops_at(trials, threshold)
-    stops: list[tuple[str, int, np.ndarray]] = [(f"fixed {k}", 0, np.full(len(texts), k)) for k in range(n + 1)]
-    stops += [("confidence", 0, confident), ("stable", 0, stable), ("oracle", 0, same.argmax(1))]
-    for draw in range(config.draws):
-        order = generator(config.seed, "early-exit", draw).permutation(len(texts))
-        stops += [("confidence, shuffled", draw, confident[order]), ("stable, shuffled", draw, stable[order])]
-    first = trials[trials["latent"] == n].sort_values("prompt_id")
+    stops: list[tuple[Selector, int, np.ndarray]] = [(fixed(k), -1, np.full(len(texts), k)) for k in range(n + 1)]
+    stops += [(policy("confidence"), -1, confident), (policy("stable"), -1, stable)]
+    stops += [(policy("oracle"), -1, same.argmax(1))]
+    for draw in range(draws):
+        order = generator(seed, "early-exit", draw).permutation(len(texts))
+        stops += [(policy("confidence", True), draw, confident[order]), (policy("stable", True), draw, stable[order])]
+    first = trials[trials["n_latents"] == n].sort_values("prompt_id")
     right = _wide(trials, "correct").astype(bool)
     frames = [
         first[["prompt_id", "cluster"]].assign(
-            condition=name, draw=draw, latents=stop, correct=right[np.arange(len(stop)), stop]
+            **chosen, draw=draw, latents=stop, correct=right[np.arange(len(stop)), stop]
         )
-        for name, draw, stop in stops
+        for chosen, draw, stop in stops
     ]
     return pd.concat(frames, ignore_index=True), threshold
 
 
-def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model: trials, tables, figures, claims and summary in the run folder."""
-    n, settings = model.n_latents, config.settings
-    with open_study("early-exit", config, model, split, say) as study:
-        trials = study.part("exits", lambda: exits(model, split.evaluation, config))
-        other = study.part("derivation", lambda: exits(model, split.derivation, config))
-        final = trials[trials["latent"] == n].set_index("prompt_id")["text"]
-        trials["agrees"] = trials["text"] == trials["prompt_id"].map(final)
-        tables = {"exits": levels(trials, settings=settings), "agreement": levels(trials, "agrees", settings)}
-        steps = [(str(k), str(k - 1)) for k in range(1, n + 1)]
-        tables["steps"] = compare(trials, steps, settings=settings)
-        tables["calibration"], tables["reliability"] = calibration(trials, settings)
-        stopped, threshold = policies(trials, other, config)
-        contrasts = [(name, f"fixed {n}") for name in stopped["condition"].unique() if name != f"fixed {n}"]
-        contrasts += [("confidence", "confidence, shuffled"), ("stable", "stable, shuffled")]
-        tables["policies"] = compare(stopped, contrasts, settings=settings)
-        used = levels(stopped, "latents", settings).set_index("condition")
-        tables["cost"] = used.reset_index()
-        for name, table in tables.items():
-            study.table(name, table)
-        study.draw(lambda: figures(tables, trials, stopped, n))
-        claims = ClaimsTable(number_claims(lambda k: row_of(tables["steps"], str(k), str(k - 1)), n))
-        text = study.finish(f"Early exit: {model.name}", words(tables, n, threshold, config), claims)
-        return Result(study.path, tables, claims, text)
+# --- What they say ----------------------------------------------------------------------------------------------------
 
 
-def words(tables: dict[str, pd.DataFrame], n: int, threshold: float, config: Config) -> list[str]:
-    """The summary, paragraph by paragraph."""
-    exit_, agreement, steps = (tables[name] for name in ("exits", "agreement", "steps"))
-    final = row_of(exit_, str(n))
-    calibrated = tables["calibration"].set_index("latent")
+def conclude(plan: Plan, trials: Trials) -> Findings:
+    """Tables, figures, claims and words."""
+    n, settings = plan.n_latents, plan.settings
+    answers = trials["exits"]
+    final = answers[answers["n_latents"] == n].set_index("prompt_id")["text"]
+    answers = answers.assign(agrees=answers["text"] == answers["prompt_id"].map(final))
+    stopped, threshold = policies(
+        answers, trials["derivation"], allowed_loss=plan.allowed_loss, patience=plan.patience, draws=plan.draws,
+        seed=plan.seed,
+    )  # fmt: skip
+    reliable = calibration(answers, settings)
+    deciding = [policy(name) for name in ("confidence", "stable", "oracle")]
+    controls = [policy(name, shuffled=True) for name in ("confidence", "stable")]
+    contrasts = [(one, fixed(n)) for one in (*(fixed(k) for k in range(n)), *deciding, *controls)]
+    contrasts += list(zip(deciding[:2], controls, strict=True))
+    tables = {
+        "exits": levels(answers, COUNT, settings=settings),
+        "agreement": levels(answers, COUNT, "agrees", settings),
+        "steps": compare(answers, [(after(k), after(k - 1)) for k in range(1, n + 1)], COUNT, settings=settings),
+        "calibration": reliable[0],
+        "reliability": reliable[1],
+        "policies": compare(stopped, contrasts, POLICY, settings=settings),
+        "cost": levels(stopped, POLICY, "latents", settings),
+    }
+    claims = ClaimsTable(number_claims(lambda k: row_of(tables["steps"], after(k), after(k - 1)), n))
+    caption = (
+        "Answers after each number of latents; how far confidence can be trusted (size of a point: answers in the "
+        f"bin); accuracy against latents used. {100 * settings.level:g} % intervals over clusters."
+    )
+    return Findings(
+        words(plan, tables, threshold),
+        tables,
+        lambda: figures(tables, answers, stopped, n),
+        {"early-exit": caption},
+        claims,
+    )
+
+
+def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float) -> list[Section]:
+    """The summary, section by section."""
+    n, cost = plan.n_latents, tables["cost"]
+    found = []
+    for name in ("confidence", "stable", "oracle"):
+        change = row_of(tables["policies"], policy(name), fixed(n))
+        found.append(
+            f"{name}: {n - row_of(cost, policy(name))['mean']:.2f} of {n} latents saved at "
+            f"{interval(change, 'difference')} points of accuracy ({p_text(change['p'])})"
+        )
+    control = []
+    for name in ("confidence", "stable"):
+        change = row_of(tables["policies"], policy(name), policy(name, shuffled=True))
+        control.append(f"{name} {interval(change, 'difference')} points ({p_text(change['p'])})")
+    return [
+        Section(_by_latents(plan, tables)),
+        Section(f"Threshold {threshold:.3f} from the derivation prompts. " + "; ".join(found) + ".", "Policies"),
+        Section(
+            "Against the same stopping times dealt out to other prompts: " + "; ".join(control) + ".",
+            "Is it the prompt that decides?",
+        ),
+    ]
+
+
+def _by_latents(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> str:
+    """Accuracy, gain, agreement and calibration after each number of latents."""
+    final = row_of(tables["exits"], after(plan.n_latents))
     lines = [
-        f"{int(final['n'])} prompts of {config.asked} in {int(final['n_clusters'])} clusters; per cent, 95 % intervals "
-        "over clusters. Gain: against one latent fewer (* q < 0.05).",
+        f"{int(final['n'])} prompts of {plan.asked} in {int(final['n_clusters'])} clusters; per cent, "
+        f"{100 * plan.settings.level:g} % intervals over clusters. Gain: against one latent fewer (* q < 0.05).",
         "",
         "| latents | accuracy | gain | same answer as in the end | confidence | ECE | Brier skill | AUROC |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for k in range(n + 1):
-        row = calibrated.loc[k]
+    for k in range(plan.n_latents + 1):
+        row = row_of(tables["calibration"], after(k))
         gain = ""
         if k > 0:
-            step = row_of(steps, str(k))
+            step = row_of(tables["steps"], after(k))
             gain = interval(step, "difference") + ("*" if step["q"] < 0.05 else "")
+        shares = [interval(row_of(tables[name], after(k))) for name in ("exits", "agreement")]
         lines.append(
-            f"| {k} | {interval(row_of(exit_, str(k)))} | {gain} | {interval(row_of(agreement, str(k)))} | "
+            f"| {k} | {shares[0]} | {gain} | {shares[1]} | "
             f"{row['confidence']:.2f} | {row['ece']:.3f} [{row['ece_lower']:.3f}, {row['ece_upper']:.3f}] | "
             f"{row['skill']:.2f} | {row['auroc']:.2f} |"
         )
-    texts = ["\n".join(lines)]
-    policy, cost = tables["policies"], tables["cost"]
-    found = []
-    for name in ("confidence", "stable", "oracle"):
-        change = row_of(policy, name, f"fixed {n}")
-        found.append(
-            f"{name}: {n - row_of(cost, name)['mean']:.2f} of {n} latents saved at "
-            f"{interval(change, 'difference')} points of "
-            f"accuracy ({p_text(change['p'])})"
-        )
-    texts.append(f"**Policies** (threshold {threshold:.3f} from the derivation prompts). " + "; ".join(found) + ".")
-    control = []
-    for name in ("confidence", "stable"):
-        change = row_of(policy, name, f"{name}, shuffled")
-        control.append(f"{name} {interval(change, 'difference')} points ({p_text(change['p'])})")
-    texts.append(
-        "**Is it the prompt that decides?** Against the same stopping times dealt out to other prompts: "
-        + "; ".join(control)
-        + "."
-    )
-    return texts
+    return "\n".join(lines)
 
 
-def figures(tables: dict[str, pd.DataFrame], trials: pd.DataFrame, stopped: pd.DataFrame, n: int) -> dict[str, Any]:
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def figures(tables: Mapping[str, pd.DataFrame], trials: pd.DataFrame, stopped: pd.DataFrame, n: int) -> dict[str, Any]:
     """Figures by file name."""
     figure, axes = new_figure(1, 3, height=2.6)
     left, middle, right = axes[0]
     ks = list(range(n + 1))
     for place, (name, label) in enumerate((("exits", "right"), ("agreement", "same as in the end"))):
-        rows = tables[name].set_index("condition").loc[[str(k) for k in ks]].reset_index()
-        draw_series(left, ks, rows, label, place)
+        draw_series(left, ks, rows_of(tables[name], [after(k) for k in ks]), label, place)
     left.set(
         xlabel="number of latents", ylabel="prompts (%)", title="Answer after each latent", xticks=ks, ylim=(-3, 103)
     )
     left.legend(loc="best")
     middle.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=":")
     for place, k in enumerate(sorted({0, n // 2, n})):
-        part = tables["reliability"][tables["reliability"]["latent"] == k]
+        part = tables["reliability"][tables["reliability"]["n_latents"] == k]
         middle.plot(part["confidence"], part["accuracy"], color=SERIES[place], linewidth=0.9, label=f"{k} latents")
         middle.scatter(
             part["confidence"], part["accuracy"], s=4 + 60 * part["n"] / part["n"].sum(), color=SERIES[place]
@@ -329,39 +397,61 @@ def figures(tables: dict[str, pd.DataFrame], trials: pd.DataFrame, stopped: pd.D
     middle.set(xlabel="confidence", ylabel="right (fraction)", title="Calibration")
     middle.set(xlim=(-0.02, 1.04), ylim=(-0.03, 1.05))
     middle.legend(loc="upper left")
-    cost = tables["cost"].set_index("condition")["mean"]
-    accuracy = stopped.groupby("condition")["correct"].mean()
-    fixed = [f"fixed {k}" for k in ks]
-    right.plot(cost[fixed], 100 * accuracy[fixed], color=CONTROL, marker="o", markersize=3, linewidth=1, label="fixed")
-    curve = []
-    truth = _wide(trials, "correct").astype(float)
-    for threshold in np.linspace(0, 1.0001, 101):
-        stop = stops_at(trials, float(threshold))
-        curve.append((stop.mean(), 100 * truth[np.arange(len(stop)), stop].mean()))
-    right.plot(*np.array(curve).T, color=SERIES[0], linewidth=1, label="confidence, any threshold")
-    names = ("confidence", "confidence, shuffled", "stable", "stable, shuffled", "oracle")
-    labels = ("confidence, chosen", "confidence, times shuffled", "stable", "stable, times shuffled", "oracle")
-    looks = (("o", 0, True), ("o", 0, False), ("^", 1, True), ("^", 1, False), ("*", 2, True))
-    for name, label, (marker, colour, filled) in zip(names, labels, looks, strict=True):
-        right.plot(
-            cost[name],
-            100 * accuracy[name],
-            marker,
-            color=SERIES[colour],
-            markersize=6,
-            markerfacecolor=SERIES[colour] if filled else "white",
-            label=label,
-        )
-    right.set(xlabel="mean number of latents", ylabel="accuracy (%)", title="What stopping early costs")
+    _draw_costs(right, tables["cost"], trials, stopped, n)
     legend(figure, [right], 4)
     return {"early-exit": figure}
 
 
-def main(config: Config) -> None:
+def _draw_costs(axis: Any, cost: pd.DataFrame, trials: pd.DataFrame, stopped: pd.DataFrame, n: int) -> None:
+    """Accuracy against latents used: every policy, its control, and the confidence policy at any threshold."""
+    truth = _wide(trials, "correct").astype(float)
+    accuracy = stopped.groupby([*POLICY])["correct"].mean().reset_index()
+
+    def point(chosen: Selector) -> tuple[float, float]:
+        return row_of(cost, chosen)["mean"], 100 * row_of(accuracy, chosen)["correct"]
+
+    x, y = zip(*(point(fixed(k)) for k in range(n + 1)), strict=True)
+    axis.plot(x, y, color=CONTROL, marker="o", markersize=3, linewidth=1, label="fixed")
+    curve = []
+    for threshold in np.linspace(0, 1.0001, 101):
+        stop = stops_at(trials, float(threshold))
+        curve.append((stop.mean(), 100 * truth[np.arange(len(stop)), stop].mean()))
+    axis.plot(*np.array(curve).T, color=SERIES[0], linewidth=1, label="confidence, any threshold")
+    for name, shuffled, label, marker, colour in (
+        ("confidence", False, "confidence, chosen", "o", 0),
+        ("confidence", True, "confidence, times shuffled", "o", 0),
+        ("stable", False, "stable", "^", 1),
+        ("stable", True, "stable, times shuffled", "^", 1),
+        ("oracle", False, "oracle", "*", 2),
+    ):
+        face = "white" if shuffled else SERIES[colour]
+        x_y = ([value] for value in point(policy(name, shuffled)))
+        axis.plot(*x_y, marker, color=SERIES[colour], markersize=6, markerfacecolor=face, label=label)
+    axis.set(xlabel="mean number of latents", ylabel="accuracy (%)", title="What stopping early costs")
+
+
+# --- Command ----------------------------------------------------------------------------------------------------------
+
+STUDY = Study(
+    options=EarlyExitOptions,
+    title="Early exit",
+    prompts=lambda options, suffix: options.load_split(options.seed, suffix),
+    plan=make_plan,
+    parts=parts,
+    conclude=conclude,
+)
+
+
+def run(
+    options: EarlyExitOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None
+) -> Result:
+    """The study on a loaded model."""
+    return run_study(STUDY, options, model, prompts, say)
+
+
+def main(options: EarlyExitOptions) -> None:
     """Load, run, print the summary."""
-    model = load_model(config)
-    split = load_prompts(config, model.protocol.question_suffix)
-    print(run(config, model, split, stderr).text)
+    print(run_study(STUDY, options, say=to_stderr).markdown())
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def shapley_table(trials: pd.DataFrame, n: int, settings: Settings) -> pd.DataFr
         mine = trials[trials["kind"].isin([kind, "none"])]
         wide = mine.groupby(["cluster", "prompt_id", "replaced"], sort=True)["correct"].mean().unstack()
         values, names = shapley(wide, n), wide.index.to_frame(index=False)
-        rows += [names.assign(kind=kind, latent=k, value=values[k].to_numpy()) for k in values]
+        rows += [names.assign(kind=kind, latent=k, value=values[k].to_numpy()) for k in range(1, n + 1)]
     zero = rows[0].assign(kind="", latent=0, value=0.0)
     contrasts = [({"kind": kind, "latent": k}, {"kind": ""}) for kind in ON_ALL_SUBSETS for k in range(1, n + 1)]
     long = pd.concat([*rows, zero], ignore_index=True)
@@ -390,8 +390,8 @@ def _sufficient(table: pd.DataFrame, n: int) -> str:
             if best is None or row["mean"] > best["mean"]:
                 best = row
         assert best is not None
-        kept = sorted(everything - set(latents_in(best["replaced"])))
-        lines.append(f"{'{' + ', '.join(map(str, kept)) + '}' if kept else 'none'}: {interval(best)}")
+        names = ", ".join(map(str, sorted(everything - set(latents_in(best["replaced"])))))
+        lines.append(f"{'{' + names + '}' if names else 'none'}: {interval(best)}")
     return (
         "Best set to keep, of each size, the other latents replaced by their means (chosen on these prompts, so its "
         "accuracy is optimistic): " + "; ".join(lines) + "."

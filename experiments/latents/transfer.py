@@ -14,78 +14,131 @@ prompt) or as cache slots (keys and values as their donor wrote them, keys turne
 and into the unablated prompt ("intact"), to see which of the two the answer follows. "leaky" is the published ablation,
 which leaves the embeddings alone: the first block still reads the numbers from them.
 
---legacy: the leaky ablation throughout, the published prompts (50 number triples) and means over these prompts
-themselves.
-
-Runs as `codi transfer` or `python -m experiments.latents.transfer`.
+Trials: `transfer` (state of the prompt, kind of latents, level "vectors" or "slots", draw, donor_answer, donor: the
+donor's answer came). Runs as `codi transfer` or `python -m experiments.latents.transfer`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from codi import Intervention
-from codi.rope import rotate, unrotate
 from experiments.figures.series import draw_points, spread
-from experiments.figures.style import GUIDE, SERIES, legend
-from experiments.study.claims import Claim, ClaimsTable, judge
-from experiments.study.shared import (
-    Result,
-    StudyOptions,
-    answer_rows,
-    answer_table,
-    compare,
-    effect_claim,
-    interval,
-    levels,
-    load_model,
-    load_prompts,
-    new_figure,
-    open_study,
-    row_of,
-    stderr,
-    think,
-)
+from experiments.figures.style import GUIDE, SERIES, legend, new_figure
+from experiments.latents.donors import Given, Noise, by_key, check_known, key_of, latents_of, other_keys, put_in
+from experiments.latents.options import TransferOptions
+from experiments.statistics.clusters import Settings
+from experiments.statistics.effects import Selector, compare, levels, row_of, rows_of
+from experiments.statistics.words import interval
+from experiments.study.answers import answer_table, trial_schema
+from experiments.study.claims import Claim, ClaimsTable, effect_claim, judge
+from experiments.study.parts import Part, Workbench
+from experiments.study.result import Result, Section
+from experiments.study.rows import answer_rows
+from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.thoughts import think
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from steering.directions import generator
-from steering.replacements import AblatePrompt, RecordPrompt, ReplaceRows
+from steering.replacements import AblatePrompt, RecordPrompt
 
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["Config", "main", "prompt_means", "run", "transferred"]
+__all__ = ["STUDY", "Plan", "given_back", "main", "prompt_means", "run", "transferred"]
 
 Story = tuple[str, str, int]
 """Template, operation, number of tokens."""
+LEVELS = ("vectors", "slots")
+DONORS = ("same value", "other value")
+
+TRANSFERS = trial_schema(
+    state=pa.string(),
+    kind=pa.string(),
+    level=pa.string(),
+    draw=pa.int32(),
+    donor_answer=pa.float64(),
+    donor=pa.bool_(),
+)
+"""state: intact, ablated or leaky; kind: nothing, own, same value, other value or noise; level: "" for nothing."""
+GIVEN = ("state", "kind", "level")
+
+
+def given_back(state: str, kind: str = "nothing", level: str = "") -> Selector:
+    """Latents of some kind put into prompts in some state."""
+    return {"state": state, "kind": kind, "level": level}
+
+
+def conditions() -> list[Selector]:
+    """Everything that is tried, in the order in which it is shown."""
+    others = [(kind, level) for kind in DONORS for level in LEVELS] + [("noise", "vectors")]
+    own = [("own", level) for level in LEVELS]
+    tried = {"intact": others, "ablated": own + others, "leaky": own}
+    return [given_back(state, *one) for state, ones in tried.items() for one in [("nothing", ""), *ones]]
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A condition in words."""
+    return f"{row['state']} + {row['kind']} {row['level']}".strip()
+
+
+# --- Plan and parts ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Config(StudyOptions):
-    """Ablate the prompt, carry latents from one prompt to another."""
+class Plan:
+    """The study with everything resolved.
 
-    out: Path = Path("runs/transfer")
-    """Run folder. One that holds the same run is continued; one that holds another run is refused."""
-    limit: int | None = 300
-    """Number of evaluation prompts (a seeded choice); None: all. Prompts without a donor of the same value drop out."""
-    draws: int = 3
-    """Donors per prompt, and draws of noise."""
+    Attributes:
+        whole: the ablation takes the embeddings too.
+    """
+
+    whole: bool
+    draws: int
+    seed: int
+    batch_size: int
+    max_new_tokens: int | None
+    settings: Settings
+    asked: str
+
+
+def make_plan(options: TransferOptions, model: CodiModel, prompts: Split) -> Plan:
+    """The plan that the options ask for.
+
+    Raises:
+        ValueError: prompts whose numbers and steps are not known.
+    """
+    check_known("transfer", prompts)
+    return Plan(
+        whole=not options.legacy,
+        draws=options.draws,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        settings=options.statistics(options.seed),
+        asked=options.asked,
+    )
+
+
+def parts(plan: Plan) -> list[Part]:
+    """One trial table of one part."""
+    how = {"batch_size": plan.batch_size, "max_new_tokens": plan.max_new_tokens}
+    return [Part("transfer", transferred, {"whole": plan.whole, "draws": plan.draws, **how}, plan.seed, TRANSFERS)]
+
+
+# --- Who gives to whom ------------------------------------------------------------------------------------------------
 
 
 def _story(problem: Problem, length: int) -> Story:
     return problem.template, problem.operation, length
-
-
-def _key(problem: Problem) -> tuple[float, int]:
-    return problem.intermediates[0], problem.numbers[2]
 
 
 def prompt_means(
@@ -120,162 +173,167 @@ def prompt_means(
     return means
 
 
-def transferred(model: CodiModel, split: Split, config: Config) -> pd.DataFrame:
-    """Trial table: conditions "<prompt> + <latents> <level>", with `donor` (the donor's answer came)."""
-    n, depth = model.n_latents, model.n_layers
-    rng = generator(config.seed, "transfer", "donors")
-    lengths = model.encode([problem.question for problem in split.evaluation]).lengths.tolist()
-    stories = [_story(problem, length) for problem, length in zip(split.evaluation, lengths, strict=True)]
-    means = prompt_means(model, split.derivation, set(stories))
-    pools: dict[tuple[float, int], list[int]] = defaultdict(list)
-    for row, problem in enumerate(split.derivation):
-        pools[_key(problem)].append(row)
+@dataclass(frozen=True)
+class _Pairs:
+    """Prompts that have donors.
+
+    Attributes:
+        problems: the prompts.
+        means: per prompt, of its story.
+        donors: per prompt and draw, kind -> place of the donor among the derivation prompts.
+    """
+
+    problems: list[Problem]
+    means: list[Tensor]
+    donors: list[list[dict[str, int]]]
+
+
+def _pairs(model: CodiModel, prompts: Split, draws: int, seed: int) -> _Pairs:
+    """Donors for every evaluation prompt that has a story mean and a donor of the same value.
+
+    Raises:
+        ValueError: no prompt has both.
+    """
+    rng = generator(seed, "transfer", "donors")
+    derivation = prompts.derivation
+    lengths = model.encode([problem.question for problem in prompts.evaluation]).lengths.tolist()
+    stories = [_story(problem, length) for problem, length in zip(prompts.evaluation, lengths, strict=True)]
+    means = prompt_means(model, derivation, set(stories))
+    pools = by_key(derivation)
     keys = sorted(pools)
-    problems: list[Problem] = []
-    picks: list[list[dict[str, int]]] = []
-    chosen_stories: list[Story] = []
-    for problem, story in zip(split.evaluation, stories, strict=True):
-        same = [row for row in pools.get(_key(problem), []) if split.derivation[row].template != problem.template]
-        others = [key for key in keys if key[0] != problem.intermediates[0] and key[1] != problem.numbers[2]]
+    found = _Pairs([], [], [])
+    for problem, story in zip(prompts.evaluation, stories, strict=True):
+        same = [row for row in pools.get(key_of(problem), []) if derivation[row].template != problem.template]
+        others = other_keys(keys, problem)
         if story not in means or not same or not others:
             continue
         drawn = []
-        for _ in range(config.draws):
+        for _ in range(draws):
             pool: list[int] = []
             while not pool:
                 key = others[int(rng.integers(len(others)))]
-                pool = [row for row in pools[key] if split.derivation[row].template != problem.template] or pools[key]
+                pool = [row for row in pools[key] if derivation[row].template != problem.template] or pools[key]
             drawn.append(
                 {"same value": same[int(rng.integers(len(same)))], "other value": pool[int(rng.integers(len(pool)))]}
             )
-        problems.append(problem)
-        picks.append(drawn)
-        chosen_stories.append(story)
-    if not problems:
+        found.problems.append(problem)
+        found.means.append(means[story])
+        found.donors.append(drawn)
+    if not found.problems:
         raise ValueError(
             "no evaluation prompt has both a story mean and a donor of the same value among the derivation prompts: "
             "use more derivation prompts"
         )
-    own = think(model, problems, keep=("embeddings", "keys", "values", "cache"))
-    used = sorted({row for drawn in picks for one in drawn for row in one.values()})
-    banks = [own] + [
-        think(
-            model, [split.derivation[row] for row in used[start : start + 128]], keep=("embeddings", "keys", "values")
-        )
-        for start in range(0, len(used), 128)
-    ]
-    at = {row: len(problems) + place for place, row in enumerate(used)}  # own latents first, then the donors'
-    given = {name: torch.cat([getattr(b.run, name) for b in banks]) for name in ("embeddings", "keys", "values")}
-    positions = torch.cat([bank.run.latent_positions for bank in banks])
-    content = unrotate(given["keys"], positions[:, :, None, None], model)
-    of_donors = given["embeddings"][len(problems) :]
-    noise_mean, noise_spread = of_donors.mean(0), of_donors.std(0, correction=0)
-    noise = torch.stack([
-        torch.from_numpy(generator(config.seed, "transfer", "noise", draw).standard_normal(tuple(noise_mean.shape)))
-        for draw in range(config.draws)
-    ]).to(noise_mean)  # fmt: skip
+    return found
 
-    batch = model.encode([problem.question for problem in problems])
-    rows_means = [means[story] for story in chosen_stories]
-    whole = not config.legacy
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def transferred(
+    bench: Workbench, *, whole: bool, draws: int, batch_size: int, max_new_tokens: int | None, seed: int
+) -> pd.DataFrame:
+    """Answers with every kind of latents in every state of the prompt."""
+    model, derivation = bench.model, bench.prompts.derivation
+    pairs = _pairs(model, bench.prompts, draws, seed)
+    own = think(model, pairs.problems, keep=("embeddings", "keys", "values", "cache"))
+    used = sorted({row for drawn in pairs.donors for one in drawn for row in one.values()})
+    at = {row: len(own) + place for place, row in enumerate(used)}  # own latents first, then the donors'
+    given = latents_of(model, [own], [derivation[row] for row in used])
+    noise = Noise.like(given.embeddings[len(own) :], draws, seed, "transfer")
+    answers = [float(problem.answer) for problem in (*pairs.problems, *(derivation[row] for row in used))]
+    batch = model.encode([problem.question for problem in pairs.problems])
     prefills = {
         "intact": own.prefill,
-        "ablated": model.prefill(batch, [AblatePrompt(rows_means, embeddings=whole)], keep=()),
-        "leaky": model.prefill(batch, [AblatePrompt(rows_means, embeddings=False)], keep=()),
+        "ablated": model.prefill(batch, [AblatePrompt(pairs.means, embeddings=whole)], keep=()),
+        "leaky": model.prefill(batch, [AblatePrompt(pairs.means, embeddings=False)], keep=()),
     }
     frames = []
     for state, prefill in prefills.items():
-        columns: dict[str, list[Any]] = defaultdict(list)
-        prompt: list[int] = []
-        source: list[int] = []
-        for i, drawn in enumerate(picks):
-            tried: list[tuple[str, str, int, int]] = [("nothing", "", 0, -1)]
-            if state != "intact":
-                tried += [("own", level, 0, i) for level in ("vectors", "slots")]
-            for draw, one in enumerate(drawn if state != "leaky" else []):
-                for name, row in one.items():
-                    tried += [(name, level, draw, at[row]) for level in ("vectors", "slots")]
-                tried.append(("noise", "vectors", draw, -1))
-            for name, level, draw, row in tried:
-                donor = problems[row] if 0 <= row < len(problems) else None
-                donor = split.derivation[used[row - len(problems)]] if row >= len(problems) else donor
-                prompt.append(i)
-                source.append(row)
-                for column, entry in (
-                    ("condition", f"{state} + {name} {level}".strip()), ("prompt_state", state), ("latents", name),
-                    ("level", level), ("draw", draw),
-                    ("donor_answer", float("nan") if donor is None else float(donor.answer)),
-                ):  # fmt: skip
-                    columns[column].append(entry)
-        rows_source, draws_of = torch.tensor(source), torch.tensor(columns["draw"])
-        is_slot = torch.tensor([level == "slots" for level in columns["level"]])
-        is_vector = torch.tensor([level == "vectors" for level in columns["level"]])
-        is_noise = torch.tensor([name == "noise" for name in columns["latents"]])
-        first = prefill.next_position
-        where = torch.tensor(prompt)
-
-        def edits(rows: Tensor, rows_source: Tensor = rows_source, draws_of: Tensor = draws_of,
-                  is_slot: Tensor = is_slot, is_vector: Tensor = is_vector, is_noise: Tensor = is_noise,
-                  first: Tensor = first, where: Tensor = where) -> Sequence[Intervention]:  # fmt: skip
-            values: dict[Any, Any] = {}
-            s = rows_source[rows].clamp(min=0).to(model.device)
-            random = is_noise[rows].to(model.device)[:, None]
-            for k in range(1, n + 1):
-                drawn = noise_mean[k - 1] + noise_spread[k - 1] * noise[draws_of[rows].to(model.device), k - 1]
-                values["embedding", k, 0] = (is_vector[rows], torch.where(random, drawn, given["embeddings"][s, k - 1]))
-                turn = (first[where[rows].to(first.device)] + k - 1)[:, None]
-                for layer in range(1, depth + 1):
-                    values["keys", k, layer] = (is_slot[rows], rotate(content[s, k - 1, layer - 1], turn, model))
-                    values["values", k, layer] = (is_slot[rows], given["values"][s, k - 1, layer - 1])
-            return [ReplaceRows(values)]
-
+        rows = _tried(state, pairs, at)
         texts = answer_rows(
-            model, prefill, prompt, edits, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size
-        )
-        frames.append(answer_table(problems, prompt, texts, **columns))
-    table = pd.concat(frames, ignore_index=True)
-    return table.assign(donor=table["prediction"] == table["donor_answer"])
+            model, prefill, rows["prompt"].tolist(), _edits(model, rows, given, noise, prefill.next_position),
+            max_new_tokens=max_new_tokens, batch_size=batch_size,
+        )  # fmt: skip
+        columns = {name: rows[name].to_numpy() for name in (*GIVEN, "draw")}
+        donor_answer = [answers[row] if row >= 0 else float("nan") for row in rows["source"]]
+        table = answer_table(pairs.problems, rows["prompt"].tolist(), texts, **columns, donor_answer=donor_answer)
+        frames.append(table.assign(donor=table["prediction"] == table["donor_answer"]))
+    return pd.concat(frames, ignore_index=True)
 
 
-def run(config: Config, model: CodiModel, split: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model: trials, tables, figures, claims and summary in the run folder."""
-    lacking = [p for p in (*split.evaluation, *split.derivation) if len(p.numbers) < 3 or not p.intermediates]
-    if lacking:
-        raise ValueError(f"transfer needs prompts with three numbers and known steps, {lacking[0].prompt_id!r} has not")
-    settings = config.settings
-    with open_study("transfer", config, model, split, say) as study:
-        trials = study.part("transfer", lambda: transferred(model, split, config))
-        names = list(dict.fromkeys(trials["condition"]))
-        contrasts = []
-        for name in names:
-            state, _, rest = name.partition(" + ")
-            if rest != "nothing":
-                contrasts.append((name, f"{state} + nothing"))
-        contrasts += [("ablated + nothing", "intact + nothing"), ("leaky + nothing", "ablated + nothing")]
-        for level in ("vectors", "slots"):
-            contrasts.append((f"ablated + same value {level}", f"ablated + other value {level}"))
-        tables = {"levels": levels(trials, settings=settings), "effects": compare(trials, contrasts, settings=settings)}
-        given = trials[trials["donor_answer"].notna()]
-        tables["donor_levels"] = levels(given, "donor", settings)
-        for name, table in tables.items():
-            study.table(name, table)
-        study.draw(lambda: {"transfer": figure_of(tables, names)})
-        claims = published_claims(tables)
-        text = study.finish(f"Latent transfer: {model.name}", words(tables, names, config), claims)
-        return Result(study.path, tables, claims, text)
+def _tried(state: str, pairs: _Pairs, at: Mapping[int, int]) -> pd.DataFrame:
+    """Rows of one state: the columns GIVEN, draw, prompt, and source (row of the given latents; -1: none)."""
+    rows: list[tuple[str, str, str, int, int, int]] = []
+    for i, drawn in enumerate(pairs.donors):
+        rows.append((state, "nothing", "", -1, i, -1))
+        if state != "intact":
+            rows += [(state, "own", level, -1, i, i) for level in LEVELS]
+        for draw, one in enumerate(drawn if state != "leaky" else []):
+            rows += [(state, kind, level, draw, i, at[row]) for kind, row in one.items() for level in LEVELS]
+            rows.append((state, "noise", "vectors", draw, i, -1))
+    return pd.DataFrame(rows, columns=[*GIVEN, "draw", "prompt", "source"])
 
 
-def published_claims(tables: dict[str, pd.DataFrame]) -> ClaimsTable:
+def _edits(
+    model: CodiModel, rows: pd.DataFrame, given: Given, noise: Noise, first: Tensor
+) -> Callable[[Tensor], Sequence[Intervention]]:
+    """What puts the latents of each row in place; first: (prompt,) position of latent 1."""
+    source = torch.tensor(rows["source"].to_numpy()).clamp(min=0)
+    draw = torch.tensor(rows["draw"].to_numpy()).clamp(min=0)
+    where = torch.tensor(rows["prompt"].to_numpy())
+    slot, vector = (torch.tensor((rows["level"] == level).to_numpy()) for level in ("slots", "vectors"))
+    noisy = torch.tensor((rows["kind"] == "noise").to_numpy())
+
+    def edits(here: Tensor) -> Sequence[Intervention]:
+        everywhere = (len(here), model.n_latents)
+        return [
+            put_in(
+                model, given, noise, donor=source[here], draw=draw[here], noisy=noisy[here],
+                vector=vector[here, None].expand(everywhere), slot=slot[here, None].expand(everywhere),
+                first=first[where[here].to(first.device)],
+            )
+        ]  # fmt: skip
+
+    return edits
+
+
+# --- What they say ----------------------------------------------------------------------------------------------------
+
+
+def conclude(plan: Plan, trials: Trials) -> Findings:
+    """Tables, figure, claims and words."""
+    moved, settings = trials["transfer"], plan.settings
+    pairs = [(one, given_back(one["state"])) for one in conditions() if one["kind"] != "nothing"]
+    pairs += [(given_back("ablated"), given_back("intact")), (given_back("leaky"), given_back("ablated"))]
+    pairs += [
+        (given_back("ablated", "same value", level), given_back("ablated", "other value", level)) for level in LEVELS
+    ]
+    tables = {
+        "levels": levels(moved, GIVEN, settings=settings),
+        "effects": compare(moved, pairs, GIVEN, settings=settings),
+        "donor_levels": levels(moved[moved["donor_answer"].notna()], GIVEN, "donor", settings),
+    }
+    caption = (
+        "Share of prompts whose own answer, and whose donor's answer, comes, for every state of the prompt and kind of "
+        f"latents put in; {100 * settings.level:g} % intervals over clusters."
+    )
+    return Findings(
+        words(plan, tables), tables, lambda: {"transfer": figure_of(tables)}, {"transfer": caption}, claims_of(tables)
+    )
+
+
+def claims_of(tables: Mapping[str, pd.DataFrame]) -> ClaimsTable:
     """C6."""
     claims = ClaimsTable()
-    base = float(row_of(tables["levels"], "intact + nothing")["mean"])
-    for level in ("vectors", "slots"):
+    base = float(row_of(tables["levels"], given_back("intact"))["mean"])
+    for level in LEVELS:
         for name, statement in (
             ("own", "own latents recover part of the ablated prompt"),
             ("same value", "latents of the same value from another template recover part of it"),
             ("other value", "latents of another value recover nothing"),
         ):
-            row = row_of(tables["effects"], f"ablated + {name} {level}", "ablated + nothing")
+            row = row_of(tables["effects"], given_back("ablated", name, level), given_back("ablated"))
             bound = {"below": 0.05} if name == "other value" else {"above": 0.0}
             rule = "accuracy against nothing put back is " + ("below 0.05" if name == "other value" else "above 0")
             if base < 0.2:
@@ -287,60 +345,59 @@ def published_claims(tables: dict[str, pd.DataFrame]) -> ClaimsTable:
     return claims
 
 
-def words(tables: dict[str, pd.DataFrame], names: Sequence[str], config: Config) -> list[str]:
-    """The summary, paragraph by paragraph."""
-    first = row_of(tables["levels"], "intact + nothing")
+def words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
+    """The summary, section by section."""
+    level_of, effects = tables["levels"], tables["effects"]
+    first = row_of(level_of, given_back("intact"))
     lines = [
-        f"{int(first['n'])} prompts of {config.asked} in {int(first['n_clusters'])} clusters; per cent, 95 % intervals "
-        "over clusters; change against nothing put back into the same prompt (* q < 0.05).",
+        f"{int(first['n'])} prompts of {plan.asked} in {int(first['n_clusters'])} clusters; per cent, "
+        f"{100 * plan.settings.level:g} % intervals over clusters; change against nothing put back into the same "
+        "prompt (* q < 0.05).",
         "",
         "| prompt + latents | own answer | change | donor's answer |",
         "|---|---|---|---|",
     ]
-    for name in names:
-        state, _, rest = name.partition(" + ")
-        change = ""
-        if rest != "nothing":
-            row = row_of(tables["effects"], name, f"{state} + nothing")
+    for one in conditions():
+        change = shown = ""
+        if one["kind"] != "nothing":
+            row = row_of(effects, one, given_back(one["state"]))
             change = interval(row, "difference") + ("*" if row["q"] < 0.05 else "")
-        donor = tables["donor_levels"]
-        donor = donor[donor["condition"] == name]
-        shown = interval(donor.iloc[0]) if len(donor) and rest.startswith("other value") else ""
-        lines.append(f"| {name} | {interval(row_of(tables['levels'], name))} | {change} | {shown} |")
-    texts = ["\n".join(lines)]
-    leak = row_of(tables["effects"], "leaky + nothing", "ablated + nothing")
-    texts.append(
-        f"**The leak.** Leaving the embeddings alone gives {interval(leak, 'difference')} points more accuracy than "
-        "the whole ablation."
-    )
-    for level in ("vectors", "slots"):
-        row = row_of(tables["effects"], f"ablated + same value {level}", f"ablated + other value {level}")
-        texts.append(
-            f"**What the latents carry ({level}).** Same value against other value: "
-            f"{interval(row, 'difference')} points "
-            + ("(survives correction)." if row["q"] < 0.05 else "(does not survive correction).")
-        )
-    return texts
+        if one["kind"] == "other value":
+            shown = interval(row_of(tables["donor_levels"], one))
+        lines.append(f"| {label(one)} | {interval(row_of(level_of, one))} | {change} | {shown} |")
+    leak = row_of(effects, given_back("leaky"), given_back("ablated"))
+    found = [
+        Section("\n".join(lines)),
+        Section(
+            f"Leaving the embeddings alone gives {interval(leak, 'difference')} points more accuracy than the whole "
+            "ablation.",
+            "The leak",
+        ),
+    ]
+    for level in LEVELS:
+        row = row_of(effects, *(given_back("ablated", kind, level) for kind in DONORS))
+        survives = "(survives correction)." if row["q"] < 0.05 else "(does not survive correction)."
+        text = f"Same value against other value: {interval(row, 'difference')} points {survives}"
+        found.append(Section(text, f"What the latents carry ({level})"))
+    return found
 
 
-def figure_of(tables: dict[str, pd.DataFrame], names: Sequence[str]) -> Any:
+def figure_of(tables: Mapping[str, pd.DataFrame]) -> Any:
     """Whose answer comes, for every prompt and kind of latents."""
-    figure, axes = new_figure(1, 1, height=0.8 + 0.21 * len(names))
+    shown = conditions()
+    figure, axes = new_figure(1, 1, height=0.8 + 0.21 * len(shown))
     axis = axes[0, 0]
-    own, donor = (tables[name].set_index("condition") for name in ("levels", "donor_levels"))
-    for table, colour, marker, label, shift in (
-        (own, SERIES[0], "o", "the prompt's own answer", -0.1),
-        (donor, SERIES[1], "D", "the donor's answer", 0.1),
+    others = [one for one in shown if one["kind"] == "other value"]
+    for name, chosen, colour, marker, text, shift in (
+        ("levels", shown, SERIES[0], "o", "the prompt's own answer", -0.1),
+        ("donor_levels", others, SERIES[1], "D", "the donor's answer", 0.1),
     ):
-        shown = [(place, name) for place, name in enumerate(names) if name in table.index]
-        if label.startswith("the donor"):
-            shown = [(place, name) for place, name in shown if " other value " in name]
-        rows = table.loc[[name for _, name in shown]]
+        rows = rows_of(tables[name], chosen)
         draw_points(
-            axis, 100 * rows["mean"].to_numpy(float), [place + shift for place, _ in shown], label, 0,
+            axis, (100 * rows["mean"]).tolist(), [shown.index(one) + shift for one in chosen], text, 0,
             across=spread(rows, scale=100), color=colour, marker=marker,
         )  # fmt: skip
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(shown)), [label(one) for one in shown])
     axis.invert_yaxis()
     axis.grid(axis="y", linewidth=0.3, color=GUIDE)
     axis.set(xlabel="prompts (%)", xlim=(-2, 102), title="Prompt + latents put in: whose answer comes?")
@@ -348,12 +405,26 @@ def figure_of(tables: dict[str, pd.DataFrame], names: Sequence[str]) -> Any:
     return figure
 
 
-def main(config: Config) -> None:
+# --- Command ----------------------------------------------------------------------------------------------------------
+
+STUDY = Study(
+    options=TransferOptions,
+    title="Latent transfer",
+    prompts=lambda options, suffix: options.load_split(options.seed, suffix, known_steps=3),
+    plan=make_plan,
+    parts=parts,
+    conclude=conclude,
+)
+
+
+def run(options: TransferOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
+    """The study on a loaded model."""
+    return run_study(STUDY, options, model, prompts, say)
+
+
+def main(options: TransferOptions) -> None:
     """Load, run, print the summary."""
-    load_prompts(config, known_steps=3)
-    model = load_model(config)
-    split = load_prompts(config, model.protocol.question_suffix, known_steps=3)
-    print(run(config, model, split, stderr).text)
+    print(run_study(STUDY, options, say=to_stderr).markdown())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of the lens studies, drawn from the tables of measures.py and of `codi lens train`.
+"""Figures of the lens studies, drawn from their tables.
 
 The logit lens, which everything is compared with, is grey; trained lenses have the colours of series. A space in a
 token is drawn as ␣; a character that the font does not have as its code point.
@@ -29,7 +29,8 @@ from experiments.figures.style import (
     sample_text,
     styled,
 )
-from experiments.lens.measures import TOP
+from experiments.lens.options import TOP
+from experiments.lens.prompts import per_cent
 from lenses.latent_lens import TEXT
 
 __all__ = [
@@ -112,12 +113,13 @@ def heatmap_figure(readings: pd.DataFrame, title: str) -> Figure:
 
 
 @styled
-def held_out_figure(table: pd.DataFrame, lens_names: Sequence[str]) -> Figure:
+def held_out_figure(table: pd.DataFrame, lens_names: Sequence[str], level: float = 0.95) -> Figure:
     """Held-out KL per layer, plain and trained, one panel per position; several lenses may have read a position.
 
     Args:
         table: columns lens, position, layer, plain, divergence, lower, upper, n, n_clusters.
         lens_names: lenses to draw, at most seven.
+        level: coverage of the intervals.
     """
     positions = sorted(table["position"].unique())
     columns = min(4, len(positions))
@@ -150,7 +152,7 @@ def held_out_figure(table: pd.DataFrame, lens_names: Sequence[str]) -> Figure:
             panel.tick_params(labelbottom=True)
     figure.supylabel("KL(output ‖ lens), nats, held out", fontsize=7)
     legend(figure, axes)
-    note(figure, f"Held-out questions: {sample_text(table)} Intervals: 95 % over clusters.")
+    note(figure, f"Held-out questions: {sample_text(table)} Intervals: {per_cent(level)} over clusters.")
     return figure
 
 
@@ -162,7 +164,7 @@ def detection_figure(rates: pd.DataFrame, targets: Sequence[str], k: int = 5, re
     """Rate (upper number) and chance level (lower) at every latent and layer, a row of panels per lens.
 
     Args:
-        rates: of `Detection.rates`.
+        rates: of `rates.rates`.
         targets: columns of panels.
         k: how many tokens count.
         remark: added to the caption.
@@ -198,8 +200,8 @@ def detection_figure(rates: pd.DataFrame, targets: Sequence[str], k: int = 5, re
 
 
 @styled
-def curves_figure(rates: pd.DataFrame, target: str, layers: Sequence[int]) -> Figure:
-    """Detection rate against k, a line per latent, a panel per lens and layer; dotted: chance."""
+def curves_figure(rates: pd.DataFrame, target: str, layers: Sequence[int], level: float = 0.95) -> Figure:
+    """Detection rate against k, a line per latent, a panel per lens and layer; dotted: chance. level: of intervals."""
     rates = rates[(rates["answered"] == "all") & (rates["target"] == target) & (rates["latent"] > 0)]
     lenses, latents = list(dict.fromkeys(rates["lens"])), sorted(rates["latent"].unique())
     figure, axes = new_figure(len(lenses), len(layers), total=0.6 + 1.6 * len(lenses), sharex=True, sharey=True)
@@ -228,14 +230,15 @@ def curves_figure(rates: pd.DataFrame, target: str, layers: Sequence[int]) -> Fi
     note(
         figure,
         f"Share of prompts whose {target.replace('step', 'step ')} is among the k most probable tokens; dotted: "
-        f"chance, the values of other prompts. {sample_text(rates)} Bars at k = 1, 5, {TOP}: 95 % over clusters.",
+        f"chance, the values of other prompts. {sample_text(rates)} Bars at k = 1, 5, {TOP}: "
+        f"{per_cent(level)} over clusters.",
     )
     return figure
 
 
 @styled
-def summary_figure(summaries: pd.DataFrame, measure: str, title: str) -> Figure:
-    """One measure per latent, a panel per layer, a line per lens, with intervals."""
+def summary_figure(summaries: pd.DataFrame, measure: str, title: str, level: float = 0.95) -> Figure:
+    """One measure per latent, a panel per layer, a line per lens, with intervals of coverage `level`."""
     here = summaries[summaries["measure"] == measure]
     lenses, layers = list(dict.fromkeys(here["lens"])), sorted(here["layer"].unique())
     latents = sorted(here["latent"].unique())
@@ -260,7 +263,8 @@ def summary_figure(summaries: pd.DataFrame, measure: str, title: str) -> Figure:
     legend(figure, axes)
     note(
         figure,
-        f"Across: latent (bot: begin-of-thought token). {sample_text(here)} Intervals: 95 % over clusters.",
+        f"Across: latent (bot: begin-of-thought token). {sample_text(here)} Intervals: {per_cent(level)} over "
+        "clusters.",
     )
     return figure
 
@@ -337,7 +341,7 @@ _KINDS = {
 
 
 @styled
-def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
+def causal_figure(summary: pd.DataFrame, points: pd.DataFrame, level: float = 0.95) -> Figure:
     """What one ablated direction does, by kind, and its effect against the lens's energy, a point per direction."""
     figure, axes = new_figure(1, 3, total=2.9)
     # directions that are drawn by chance are controls
@@ -355,7 +359,7 @@ def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
         mine = summary[summary["measure"] == measure].set_index("kind").reindex(list(_KINDS))
         for place, kind in enumerate(_KINDS):
             row = mine.loc[[kind]]
-            draw_points(panel, [place], row["mean"], kind, place, up=spread(row), markersize=5, **looks[kind])
+            draw_points(panel, [place], row["mean"].tolist(), kind, place, up=spread(row), markersize=5, **looks[kind])
         panel.set_xticks(range(len(_KINDS)), [short for short, _ in _KINDS.values()], fontsize=6)
         panel.set_xlim(-0.5, len(_KINDS) - 0.5)
         highest = float(mine["upper"].max())
@@ -377,6 +381,6 @@ def causal_figure(summary: pd.DataFrame, points: pd.DataFrame) -> Figure:
     note(
         figure,
         f"One direction of the state is replaced by its mean; what moves. Grey: directions drawn by chance. "
-        f"{sample_text(summary)} Intervals: 95 % over clusters.",
+        f"{sample_text(summary)} Intervals: {per_cent(level)} over clusters.",
     )
     return figure

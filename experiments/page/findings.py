@@ -3,276 +3,134 @@
     codi findings                                   # the model in the box -> runs/findings, docs/findings.md
     codi findings --model bcywinski/codi_llama1b-answer_only --out runs/llama --page runs/llama/findings.md
 
-Each study runs as its own command with its defaults, in a folder of its own under `out`; the page holds what each of
-them printed under the command that printed it, its figures, and on top the published claims of all studies in one
-table. What stands on the page above the marker line is somebody's own words and is kept. A study that cannot be made on
-a model (the reason is its one line of error) is named on the page with that reason; the others go on. The same command
-continues an interrupted run.
+Each study runs as its command would, with its defaults, in a run folder of its own under `out`, all of them in this
+process: the model is loaded once for each implementation of attention that they need. The page is made from their
+results (markdown.py, html.py) and written anew after every study. A study that cannot be made on a model is named on
+the page with the reason; the others go on. The same command continues an interrupted run.
 
-Knows nothing about what a study does: only how it is called and where it leaves its tables and figures.
+Knows nothing about what a study does, and imports none: studies are found by the names of their commands.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from experiments.study.claims import Claim
+from experiments.commands import COMMANDS, study_of
+from experiments.page.html import as_html
+from experiments.page.markdown import REFUSED, found, refusals, write_page
+from experiments.page.options import FindingsOptions
+from experiments.page.studies import STUDIES, Entry
+from experiments.study.folder import write_whole
+from experiments.study.options import ModelOptions, Options, RunOptions, changed
+from experiments.study.result import FILE, Result
+from experiments.study.run import Study, run_study, to_stderr
+from lm.terms import Attention
 
-__all__ = ["MARKER", "STUDIES", "Config", "Study", "demoted", "main"]
+if TYPE_CHECKING:
+    from codi import CodiModel
 
-MARKER = "<!-- What follows is written by `codi findings`; what stands above this line is kept. -->"
+__all__ = ["Models", "main", "options_of", "run"]
 
-
-@dataclass(frozen=True)
-class Study:
-    """One study as it is called, and what of it is shown.
-
-    Attributes:
-        name: folder of its results under `Config.out`, and its name for `Config.only`.
-        command: the words after `codi`.
-        question: one line for the page.
-        figures: figures that are shown, without .png, in this order.
-        reads: option that names a folder which another study wrote, and that study.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    question: str
-    figures: tuple[str, ...] = ()
-    reads: tuple[str, str] | None = None
+SHARED = {one.name for group in (ModelOptions, RunOptions) for one in fields(group)} - {"out"} | {"reach"}
+"""Options that are handed on to every study where they are not at their default."""
 
 
-LENS = ("--lens", "lens")
-STUDIES: tuple[Study, ...] = (
-    Study("lens", ("lens", "train"), "Tuned lenses for every latent × layer: held-out KL.", ("held_out",)),
-    Study("lens-show", ("lens", "show"), "What the lenses read in one prompt.", ("heatmap",), LENS),
-    Study("lens-detect", ("lens", "detect"), "Are intermediate values and answers readable?", ("detection",), LENS),
-    Study("lens-transfer", ("lens", "transfer"), "Lenses of latents on text tokens, and back.", ("transfer",), LENS),
-    Study("lens-difference", ("lens", "difference"), "The lens on differences of latents.", (), LENS),
-    Study("lens-causal", ("lens", "causal"), "Does the model use what the lens reads?", ("causal",), LENS),
-    Study("alternation", ("alternation",), "Do even latents store and odd latents compute?", ("alternation",)),
-    Study("probes", ("probes",), "What a linear map reads.", ("probes",)),
-    Study("necessity", ("necessity",), "Which latents the answer needs.", ("necessity",)),
-    Study("patch", ("patch",), "Which latents move the answer, and where to.", ("means", "values", "interchange")),
-    Study("transfer", ("transfer",), "Do latents carry the prompt?", ("transfer",)),
-    Study("anchors", ("anchors",), "Which latent the answer hangs on, who reads whom.", ("importance", "dependencies")),
-    Study("early-exit", ("early-exit",), "Answering after each latent.", ("early-exit",)),
-    Study("pca", ("pca",), "Components, and where each edit's effect goes.", ("components", "where")),
-)
+class Models:
+    """The model, loaded once for each implementation of attention, when it is first needed."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, CodiModel] = {}
+
+    def get(self, options: ModelOptions, attention: Attention) -> CodiModel:
+        """The model that the options ask for.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        key = json.dumps(options.load_arguments(attention), sort_keys=True)
+        if key not in self._loaded:
+            self._loaded[key] = options.load(attention)
+        return self._loaded[key]
 
 
-@dataclass(frozen=True)
-class Config:
-    """Run every study on one model and collect what they found on one page."""
-
-    model: str = "checkpoints/tiny"
-    """Checkpoint: a folder or a hub id such as bcywinski/codi_llama1b-answer_only."""
-    out: Path = Path("runs/findings")
-    """Folder; each study writes its own folder in it."""
-    page: Path = Path("docs/findings.md")
-    """The page (Markdown); its figures go to a folder of the same name beside it."""
-    only: tuple[str, ...] = ()
-    """Run these studies only; of the others the page shows what `out` holds of earlier runs. Empty: all."""
-    base: str | None = None
-    """Base model, a folder or hub id; None: what the checkpoint says or is known to be trained on."""
-    protocol: Literal["original", "original-eos", "answer-only"] | None = None
-    """Token order; None: what the checkpoint says or looks like."""
-    lora_alpha: float | None = None
-    """LoRA scale times rank; None: what the checkpoint says, or the published ratio."""
-    mask: Literal["carried", "published"] = "carried"
-    """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA if there is any."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the weights."""
-    seed: int = 0
-    """Seed of prompts, draws and statistics."""
-
-    def __post_init__(self) -> None:
-        names = [study.name for study in STUDIES]
-        for name in self.only:
-            if name not in names:
-                raise ValueError(f"only names no study: {name!r}; allowed: {', '.join(names)}")
-
-
-def options(config: Config, study: Study) -> list[str]:
-    """The options of one study, those that are not its defaults."""
-    given: list[str] = []
-    for name in ("model", "base", "protocol", "lora_alpha", "mask", "device", "dtype", "seed"):
-        value = getattr(config, name)
-        if value != getattr(Config, name):
+def arguments(options: FindingsOptions, entry: Entry) -> list[str]:
+    """The command line of one study after its first word: only what is not its default, and where it writes."""
+    given = list(entry.command[1:])
+    for name, value in changed(options).items():
+        if name in SHARED:
             given += [f"--{name.replace('_', '-')}", str(value)]
-    if study.reads:
-        given += [study.reads[0], str(config.out / study.reads[1])]
-    return given
+    if entry.reads:
+        given += [entry.reads[0], str(options.out / entry.reads[1])]
+    return [*given, "--out", str(options.out / entry.name)]
 
 
-def run(study: Study, config: Config) -> None:
-    """Run one study in a process of its own and keep what it printed as printed.md (or refused.txt) in its folder.
+def options_of(options: FindingsOptions, entry: Entry) -> Any:
+    """The options of one study.
 
     Raises:
-        ValueError: it was refused in a folder where it ran before, such as one of another model; what is there stays.
-        RuntimeError: it broke off for a reason that is not the caller's.
-        KeyboardInterrupt: it was interrupted.
+        ValueError: the study has no such option, or does not allow the value.
     """
-    from experiments.commands import COMMANDS
+    from experiments.cli import parse
 
-    name, *rest = study.command
-    given = [*rest, *options(config, study), "--out", str(config.out / study.name)]
-    folder = config.out / study.name
-    print(f"\n=== codi {' '.join([name, *given])}", file=sys.stderr, flush=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", COMMANDS[name].module, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
-    )
-    assert process.stdout is not None and process.stderr is not None
-    # Progress bars come through as they are written; the end of them is kept, because an error is one line there.
-    tail = bytearray()
-
-    def pass_on() -> None:
-        while piece := process.stderr.read(4096):  # type: ignore[union-attr]
-            sys.stderr.buffer.write(piece)
-            sys.stderr.flush()
-            tail.extend(piece)
-            del tail[:-4000]
-
-    reader = threading.Thread(target=pass_on, daemon=True)
-    reader.start()
-    printed = process.stdout.read().decode()
-    code = process.wait()
-    reader.join()
-    if code == 130:
-        raise KeyboardInterrupt
-    if code not in (0, 2):
-        raise RuntimeError(f"codi {' '.join(study.command)} broke off with exit code {code}")
-    folder.mkdir(parents=True, exist_ok=True)
-    if code == 0:
-        (folder / "refused.txt").unlink(missing_ok=True)
-        (folder / "printed.md").write_text(printed, encoding="utf-8")
-        return
-    lines = [line for line in tail.decode(errors="replace").splitlines() if " error: " in line]
-    reason = lines[-1].split(" error: ", 1)[1] if lines else "no reason given"
-    if (folder / "printed.md").exists():  # it ran here before: not the model is refused but the folder or an option
-        raise ValueError(f"codi {' '.join(study.command)}: {reason}")
-    (folder / "refused.txt").write_text(reason + "\n", encoding="utf-8")
+    return parse(COMMANDS[entry.command[0]].load_options(), arguments(options, entry), f"codi {entry.command[0]}")
 
 
-def demoted(text: str) -> str:
-    """What a study printed, as part of a page: headings two levels lower, aligned text fenced, tables as they are.
+def run(entry: Entry, options: FindingsOptions, models: Models, say: Callable[[str], None]) -> Result:
+    """Run one study, or go on with it.
 
-    A study prints Markdown (its first heading tells) or plain text with Markdown tables of claims at its end.
+    Raises:
+        ValueError: it is refused: an option, the model or the run folder does not fit.
     """
-    lines = text.strip().splitlines()
-    n_rows = sum(line.startswith("|") for line in lines)
-    if any(line.startswith(("#", "**")) for line in lines) or 2 * n_rows > len(lines):
-        return "\n".join(re.sub(r"^#", "###", line) for line in lines)
-    out: list[str] = []
-    fenced = False
-    for line in lines:
-        table = line.startswith(("|", "- S", "- C"))
-        if table and fenced:
-            while out and not out[-1]:
-                out.pop()
-            out += ["```", ""]
-            fenced = False
-        elif not table and not fenced and line:
-            out += ["", "```text"] if out else ["```text"]
-            fenced = True
-        out.append(line)
-    return "\n".join([*out, "```"] if fenced else out)
+    study = study_of(entry.words)
+    asked: Options = options_of(options, entry)
+    asked.check_inputs()
+    assert isinstance(asked, ModelOptions)
+    if isinstance(study, Study):
+        return run_study(study, asked, models.get(asked, study.attention), say=say)
+    return study(asked, model=models.get(asked, "sdpa"), say=say)
 
 
-def claims_of(folder: Path) -> list[Claim]:
-    """The claims a study judged; none if it judged none."""
-    file = folder / "claims.json"
-    if not file.exists():
-        return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    whole: list[dict[str, Any]] = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
-    return [Claim(**row) for row in whole]
-
-
-def claims_table(config: Config) -> list[str]:
-    """The claims of all studies in one Markdown table."""
-    rows = []
-    for study in STUDIES:
-        for claim in claims_of(config.out / study.name):
-            command = " ".join(study.command)
-            number = "–" if claim.verdict == "not testable" else claim.number
-            rows.append(f"| `{command}` | {claim.name} | {claim.statement} | {number} | **{claim.verdict}** |")
-    return ["| study | claim | statement | number | verdict |", "|---|---|---|---|---|", *rows] if rows else []
-
-
-def section(study: Study, config: Config) -> list[str]:
-    """The part of the page about one study; empty if it has not been run."""
-    folder, page = config.out / study.name, config.page
-    command = " ".join(study.command)
-    head = [f"## `codi {command}`", "", study.question, ""]
-    if (folder / "refused.txt").exists():
-        return [*head, f"Not run on this model: {(folder / 'refused.txt').read_text(encoding='utf-8').strip()}", ""]
-    if not (folder / "printed.md").exists():
-        return []
-    shown = []
-    for name in study.figures:
-        found = next((f for f in (folder / "figures" / f"{name}.png", folder / f"{name}.png") if f.exists()), None)
-        if found is None:
-            continue
-        target = page.with_suffix("") / f"{study.name}-{name}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(found.read_bytes())
-        shown += [f"![{study.name}: {name.replace('_', ' ')}]({page.stem}/{target.name})", ""]
-    text = (folder / "printed.md").read_text(encoding="utf-8")
-    return [*head, demoted(text), "", *shown]
-
-
-def write_page(config: Config) -> None:
-    """Write the page from what the folders of the studies hold."""
-    page = config.page
-    title = f"# What the studies show: {config.model}"
-    before = page.read_text(encoding="utf-8") if page.exists() else f"{title}\n\n{MARKER}\n"
-    if MARKER not in before:
-        raise ValueError(f"{page} is not a page of this command (it has no line {MARKER!r}): choose another --page")
-    kept = before.split(MARKER)[0].rstrip()
-    parts = [kept, "", MARKER, ""]
-    claims = claims_table(config)
-    if claims:
-        parts += ["## Published claims", "", "Held: the whole 95 % interval lies on the claimed side. The rule and the",
-                  "notes of each are in the section of its study.", "", *claims, ""]  # fmt: skip
-    for study in STUDIES:
-        parts += section(study, config)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_suffix(".tmp")
-    partial.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
-    partial.replace(page)
-
-
-def main(config: Config) -> None:
+def main(options: FindingsOptions) -> None:
     """Run the studies and write the page.
 
     Raises:
-        ValueError: `page` is somebody else's file, or no study could be run on this model.
+        ValueError: the model cannot be loaded, `page` is somebody else's file, a run folder holds another run, or no
+            study could be made on this model.
     """
-    if config.page.exists() and MARKER not in config.page.read_text(encoding="utf-8"):
-        raise ValueError(f"{config.page} is not a page of this command (no marker line in it): choose another --page")
-    chosen: Sequence[Study] = [study for study in STUDIES if not config.only or study.name in config.only]
-    for study in chosen:
-        run(study, config)
-        write_page(config)
-    refused = [study.name for study in chosen if (config.out / study.name / "refused.txt").exists()]
-    if len(refused) == len(chosen):
-        reason = (config.out / refused[-1] / "refused.txt").read_text(encoding="utf-8").strip()
-        raise ValueError(f"no study could be run on {config.model}: {reason}")
-    print(f"{len(chosen) - len(refused)} studies in {config.out}; the page is {config.page}")
-    if refused:
-        print(f"not run on this model, see the page: {', '.join(refused)}")
+    chosen = [entry for entry in STUDIES if not options.only or entry.name in options.only]
+    models = Models()
+    models.get(options, "sdpa")  # a model that is not there is refused once, and now
+    page = ""
+    for entry in chosen:
+        to_stderr(f"\n=== codi {' '.join([entry.command[0], *arguments(options, entry)])}")
+        refused, reason = refusals(options.out), ""
+        try:
+            run(entry, options, models, to_stderr)
+        except ValueError as error:
+            reason = re.sub(r"; see codi .* --help$", "", " ".join(str(error).split()))
+            if (options.out / entry.name / "manifest.json").exists():  # not the model is refused but folder or option
+                raise ValueError(f"codi {entry.words}: {reason}") from error
+            to_stderr(f"not run: {reason}")
+        if reason or entry.name in refused:
+            kept = {name: why for name, why in refused.items() if name != entry.name}
+            record = {**kept, entry.name: reason} if reason else kept
+            write_whole(options.out / REFUSED, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        page = write_page(options.page, found(options.out, STUDIES), options.model)
+    if options.html is not None:
+        write_whole(options.html, as_html(page, options.page.parent).encode())
+    refused = refusals(options.out)
+    named = [entry.name for entry in chosen if entry.name in refused]
+    if len(named) == len(chosen):
+        raise ValueError(f"no study could be run on {options.model}: {refused[named[-1]]}")
+    assert all((options.out / entry.name / FILE).exists() for entry in chosen if entry.name not in named)
+    where = f"{options.page}" if options.html is None else f"{options.page}, and {options.html}"
+    print(f"{len(chosen) - len(named)} studies in {options.out}; the page is {where}")
+    if named:
+        print(f"not run on this model, see the page: {', '.join(named)}")
 
 
 if __name__ == "__main__":

@@ -6,27 +6,29 @@ cells harms. What holds without any assumption about that shape: if the directio
 as likely as any draw to be the most extreme of the 1 + D. All p-values here are such randomisation p-values.
 
 Arrays. `values` is (cell, 1 + D): column 0 is the direction, column j the accuracy of draw j, all on the same prompts
-(so the comparison is paired). `blocks` is (cell,): cells of one block were edited with the same draws and change
-places with them together (in a sweep: pair x sign of c, since one random vector serves all latents and |c| of a pair,
-and A-B with -c is another vector than with +c); draws of different blocks must be independent. A *family* j of draws
-is draw j playing the direction in every block.
+(so the comparison is paired). `blocks` is (cell,): cells of one block belong to one direction (in a sweep: pair x sign
+of c, since A-B with -c is another vector than with +c). `pools` is (cell,): blocks of one pool are compared with the
+same D draws, column by column (in a sweep: the pair, whose +c and -c share its draws; or all pairs, if the draws are
+pooled); None: every block has draws of its own. Draws of different pools must be independent. A *family* j of draws is
+draw j playing the direction.
 
     rank_p        one cell: (1 + draws at least as extreme) / (1 + D). Ties count against the direction.
     extremes      distance from the others in units of their spread, symmetric in direction and draws: a cell's own
                   spread without the value in question, moderated by that of its stratum (latent and |c|).
-    maximum_p     all cells at once. For a threshold t, block b is exceeded by a random member with probability
-                  p_b = share of its 1 + D members whose largest extreme reaches t; p = 1 - prod(1 - p_b). This is the
-                  exact randomisation p of the maximum over cells, over all (1 + D) ** blocks ways to let a member of
-                  each block play the direction; cells that are more extreme than the one in question are left out of
-                  the maximum (step-down). With one block it is (1 + #families as extreme) / (1 + D). It is never
-                  below 1 / (1 + D): with fewer than 19 draws nothing can pass 5 %.
+    maximum_p     all cells at once. A pool has m directions (blocks) and D draws; if the directions are m more draws,
+                  any m of the m + D members could be they. For a threshold t that r of the members reach in any of
+                  their cells, none of m random members does with probability C(m + D - r, m) / C(m + D, m); p is 1
+                  minus the product of these over pools. This is the exact randomisation p of the maximum over cells;
+                  cells that are more extreme than the one in question are left out of the maximum (step-down). With
+                  one direction per pool, r / (1 + D) per pool. It is never below m / (m + D): 19 draws of one's own
+                  are needed to pass 5 %, 38 where two directions share them, 570 where thirty do.
     last_places   aggregate: how many cells rank last (first) among their draws, against the same number for random
-                  members; the exact null distribution is a convolution over blocks.
-    distinct_edits  cells whose flipped prompts overlap more than those of unrelated random edits are one effect.
+                  members; the exact null distribution is a convolution over blocks (here: pools).
     gains_and_losses  against the baseline: separate Benjamini-Hochberg families for gains and for losses.
 
-In a sweep +c and -c of a pair meet the same draws. For the maximum, pair x sign is the block. For the aggregate, whose
-spread grows if +c and -c go together, the pair is the block: this takes them to be as alike as can be (conservative).
+In a sweep +c and -c of a pair meet the same draws. Taken for blocks with draws of their own, they would break the
+level (9 % instead of 5 % with 20 draws). For the aggregate, whose spread grows if +c and -c go together, the pool is
+the block: this takes them to be as alike as can be (conservative).
 
 Tails are one-sided and each has level alpha: "is anything harmed beyond chance" and "is anything improved" are two
 questions. Limits: directions of different pairs share latents and are not independent of each other, which the draws
@@ -44,15 +46,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 from experiments.statistics.paired import benjamini_hochberg, sign_flip_p
 
 __all__ = [
-    "Aggregate", "DistinctEdits", "GainsAndLosses", "MaximumTest", "Tail", "block_maxima", "distinct_edits", "extremes",
-    "gains_and_losses", "last_places", "least_draws", "maximum_p", "members", "null_counts", "overlap", "paired_excess",
-    "rank_p", "typical_variance",
+    "Aggregate", "GainsAndLosses", "MaximumTest", "Tail", "extremes", "gains_and_losses", "last_places", "least_draws",
+    "maximum_p", "members", "missed", "null_counts", "paired_excess", "pool_codes", "rank_p", "typical_variance",
 ]  # fmt: skip
 
 Tail = Literal["harm", "gain"]
@@ -168,18 +167,82 @@ def extremes(
     return distance / np.sqrt(variance * (1 + 1 / draws))
 
 
-def block_maxima(extreme: np.ndarray, blocks: np.ndarray | None = None) -> np.ndarray:
-    """(block, 1 + D) largest extreme over the cells of a block, for the direction (column 0) and each draw."""
-    codes = _block_codes(blocks, len(extreme))
-    out = np.full((int(codes.max(initial=0)) + 1, extreme.shape[1]), -np.inf)
-    for block in range(len(out)):
-        out[block] = extreme[codes == block].max(0, initial=-np.inf)
+def pool_codes(
+    blocks: np.ndarray | None, pools: np.ndarray | None, cells: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pool of each cell, place of its block within the pool, and the number of blocks of each pool.
+
+    Returns:
+        pool (cell,), place (cell,) 0.., shared (pool,).
+
+    Raises:
+        ValueError: a block that lies in two pools.
+    """
+    block = _block_codes(blocks, cells)
+    pool = block if pools is None else _block_codes(pools, cells)
+    pairs = np.unique(np.stack([pool, block]), axis=1)
+    if len(np.unique(pairs[1])) != pairs.shape[1]:
+        raise ValueError("every block must lie in one pool")
+    shared = np.bincount(pairs[0], minlength=1)
+    starts = np.cumsum(shared) - shared
+    place = np.empty(pairs.shape[1], int)
+    place[pairs[1]] = np.arange(pairs.shape[1]) - starts[pairs[0]]
+    return pool, place[block], shared
+
+
+def missed(reaching: np.ndarray, shared: np.ndarray | int, draws: int) -> np.ndarray:
+    """Probability that none of `shared` members, chosen among shared + draws, is one of those that reach a threshold.
+
+    C(shared + draws - reaching, shared) / C(shared + draws, shared), for many pools at once.
+    """
+    reaching, shared = np.broadcast_arrays(np.asarray(reaching, float), np.asarray(shared))
+    size, out = shared + draws, np.ones(reaching.shape)
+    for i in range(int(shared.max(initial=0))):
+        out *= np.where(i < shared, np.maximum(size - reaching - i, 0.0) / (size - i), 1.0)
     return out
 
 
-def _p_of(threshold: float, maxima: np.ndarray) -> float:
-    """Probability that a random member of each block reaches the threshold in any block."""
-    return _exactly(1 - np.prod(1 - (maxima >= threshold - _TIE).mean(1)))
+class _Pools:
+    """The largest extreme of every member of every pool, over the cells that were put in so far."""
+
+    def __init__(self, pool: np.ndarray, place: np.ndarray, shared: np.ndarray, draws: int) -> None:
+        self.pool, self.place, self.shared, self.draws = pool, place, shared, draws
+        self.own = np.full((len(shared), int(shared.max(initial=1))), -np.inf)
+        self.others = np.full((len(shared), draws), -np.inf)
+
+    def empty(self) -> _Pools:
+        """The same pools without any cell."""
+        return _Pools(self.pool, self.place, self.shared, self.draws)
+
+    def add(self, cell: int, extreme: np.ndarray) -> None:
+        """Put in a cell with its (1 + D,) extremes."""
+        pool, place = self.pool[cell], self.place[cell]
+        self.own[pool, place] = max(self.own[pool, place], extreme[0])
+        np.maximum(self.others[pool], extreme[1:], out=self.others[pool])
+
+    def p(self, threshold: float) -> float:
+        """Probability that random members in the directions' places reach the threshold anywhere."""
+        least = threshold - _TIE
+        reaching = (self.own >= least).sum(1) + (self.others >= least).sum(1)
+        return _exactly(1 - np.prod(missed(reaching, self.shared, self.draws)))
+
+    def alone(self, threshold: float) -> float:
+        """p of a direction that reaches the threshold while no other one does (the largest over which pool)."""
+        reaching = (self.others >= threshold - _TIE).sum(1)
+        none, one = (missed(reaching + more, self.shared, self.draws) for more in (0, 1))
+        return _exactly(1 - np.where(np.eye(len(none), dtype=bool), one, none).prod(1).min())
+
+    def threshold(self, alpha: float) -> float:
+        """Smallest extreme with p <= alpha, when one direction reaches it; p falls only where a draw is passed."""
+        values = np.sort(self.others.ravel())
+        low, high = -1, len(values) - 1  # just above the last one no draw counts, so p is least
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.alone(values[middle] + 2 * _TIE) <= alpha + 1e-12:
+                high = middle
+            else:
+                low = middle
+        return float(values[high] + 2 * _TIE)
 
 
 def _exactly(p: float) -> float:
@@ -187,14 +250,13 @@ def _exactly(p: float) -> float:
     return round(float(p), 12)
 
 
-def _step_down(extreme: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def _step_down(extreme: np.ndarray, pools: _Pools) -> np.ndarray:
     """Corrected p of column 0 in each cell: the maximum is over the cells that are no more extreme than it."""
-    maxima = np.full((int(codes.max(initial=0)) + 1, extreme.shape[1]), -np.inf)
     order = np.argsort(extreme[:, 0], kind="stable")
     p = np.empty(len(extreme))
     for cell in order:
-        np.maximum(maxima[codes[cell]], extreme[cell], out=maxima[codes[cell]])
-        p[cell] = _p_of(extreme[cell, 0], maxima)
+        pools.add(cell, extreme[cell])
+        p[cell] = pools.p(extreme[cell, 0])
     p[order] = np.maximum.accumulate(p[order][::-1])[::-1]  # a less extreme cell never has a smaller p
     return p
 
@@ -207,7 +269,8 @@ class MaximumTest:
         p: (cell,) corrected over all cells, one-sided.
         threshold: (cell,) smallest extreme that has p <= alpha in the first step, reached by one cell; inf if nothing
             can.
-        least_p: the smallest p that this number of draws allows, 1 / (1 + D) (times the number of groups).
+        least_p: the smallest p that this number of draws allows, m / (m + D) with m directions that share D draws
+            (times the number of groups).
         draws: D.
     """
 
@@ -227,6 +290,7 @@ def maximum_p(
     blocks: np.ndarray | None = None,
     alpha: float = 0.05,
     *,
+    pools: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     quick: bool = False,
 ) -> MaximumTest:
@@ -234,70 +298,65 @@ def maximum_p(
 
     Args:
         extreme: (cell, 1 + D) from `extremes`.
-        blocks: (cell,) see the top of the module; None: one block (whole families of draws).
+        blocks, pools: (cell,) see the top of the module; None: one block (whole families of draws), and draws of its
+            own for every block.
         alpha: level behind `threshold`.
         groups: (cell,) parts of the family, such as |c|: the maximum is taken within each, and p multiplied by their
             number (Bonferroni). Better where tails differ between groups, but needs as many times more draws.
         quick: where no cell of a group passes alpha, give all of them the p of the most extreme one (for counting).
     """
-    parts = _block_codes(groups, len(extreme))
-    codes = _block_codes(blocks, len(extreme))
-    number, size = int(parts.max(initial=0)) + 1, extreme.shape[1]
-    p, threshold = np.ones(len(extreme)), np.full(len(extreme), np.inf)
-    for part in range(number):
-        rows = np.flatnonzero(parts == part)
-        maxima = block_maxima(extreme[rows], codes[rows])
-        if number / size <= alpha + 1e-12:
-            threshold[rows] = _threshold(maxima, alpha / number)
-        first = _p_of(extreme[rows, 0].max(initial=-np.inf), maxima)
+    parts, cells = _block_codes(groups, len(extreme)), np.arange(len(extreme))
+    blocks = np.zeros(len(cells), int) if blocks is None else np.asarray(blocks)
+    number, draws = int(parts.max(initial=0)) + 1, extreme.shape[1] - 1
+    p, threshold, least = np.ones(len(cells)), np.full(len(cells), np.inf), []
+    for rows in (cells[parts == part] for part in range(number)):
+        codes = pool_codes(blocks[rows], None if pools is None else np.asarray(pools)[rows], len(rows))
+        whole = _Pools(*codes, draws)
+        for row, values in enumerate(extreme[rows]):
+            whole.add(row, values)
+        least.append(number * float((whole.shared / (whole.shared + draws)).max(initial=0.0)))
+        if least[-1] <= alpha + 1e-12:
+            threshold[rows] = whole.threshold(alpha / number)
+        first = whole.p(extreme[rows, 0].max(initial=-np.inf))
         # Nothing passes if the most extreme cell does not: the p of the others can then be left at its lower bound.
         skip = quick and first * number > alpha
-        found = np.full(len(rows), first) if skip else _step_down(extreme[rows], codes[rows])
+        found = np.full(len(rows), first) if skip else _step_down(extreme[rows], whole.empty())
         p[rows] = np.minimum(1.0, number * found)
-    return MaximumTest(p, threshold, number / size, size - 1)
-
-
-def _threshold(maxima: np.ndarray, alpha: float) -> float:
-    """Smallest extreme with p <= alpha, when one cell reaches it; p falls only where a draw's maximum is passed."""
-    others = np.sort(maxima[:, 1:].ravel())
-    low, high = -1, len(others) - 1  # just above the last one no draw counts, so p is least
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _own_p(others[middle] + 2 * _TIE, maxima) <= alpha + 1e-12:
-            high = middle
-        else:
-            low = middle
-    return float(others[high] + 2 * _TIE)
-
-
-def _own_p(threshold: float, maxima: np.ndarray) -> float:
-    """p of a direction that reaches the threshold in one block (the largest over which block) and in no other."""
-    share = ((maxima[:, 1:] >= threshold - _TIE).sum(1)) / maxima.shape[1]
-    none = np.prod(1 - share)
-    with_own = none / (1 - share) * (1 - share - 1 / maxima.shape[1])
-    return _exactly(1 - with_own.min())
+    return MaximumTest(p, threshold, max(least), draws)
 
 
 def null_counts(
-    values: np.ndarray, rule: Callable[[np.ndarray, np.ndarray], int], blocks: np.ndarray | None = None
+    values: np.ndarray,
+    rule: Callable[[np.ndarray, np.ndarray], int],
+    blocks: np.ndarray | None = None,
+    pools: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What a rule finds where there is nothing: each family of draws plays the direction, the others are its controls.
+    """What a rule finds where there is nothing: draws play the directions, those that are left over are their controls.
 
     Args:
         values: (cell, 1 + D); the direction (column 0) is left out altogether.
-        rule: from values (cell, D), column 0 the draw that plays, and its (cell,) column number, to a count of "harms".
-        blocks: (cell,) codes; block b plays draw (j + b) mod D in family j, so that blocks with the same draws (+c and
-            -c of one pair) do not play the same vector. None: draw j everywhere.
+        rule: from values (cell, 1 + D - m), column 0 the draw that plays, and its (cell,) column number, to a count of
+            "harms". m is the largest number of blocks that share draws (1 without pools).
+        blocks, pools: (cell,) codes; in family j the first block of pool k plays draw (j + k) mod D, its next block the
+            draw after that, so that blocks with the same draws do not play the same vector. None: draw j everywhere.
 
     Returns:
         (D,) counts, one per family.
+
+    Raises:
+        ValueError: no draw is left over as a control.
     """
     draws = values.shape[1] - 1
-    shift = _block_codes(blocks, len(values))
+    pool, place, shared = pool_codes(blocks, pools, len(values))
+    most = int(shared.max(initial=1))
+    if draws <= most:
+        raise ValueError(f"{most} of {draws} draws would play: none is left over to compare them with")
     counts = np.empty(draws, int)
     for family in range(draws):
-        playing = 1 + (family + shift) % draws
-        order = (np.arange(draws)[None] + playing[:, None] - 1) % draws + 1
+        first = family + pool  # the draws first .. first + most - 1 play in the pool
+        playing = 1 + (first + place) % draws
+        left = 1 + (first[:, None] + most + np.arange(draws - most)[None]) % draws
+        order = np.concatenate([playing[:, None], left], axis=1)
         counts[family] = rule(np.take_along_axis(values, order, axis=1), playing)
     return counts
 
@@ -351,104 +410,23 @@ def last_places(values: np.ndarray, tail: Tail, blocks: np.ndarray | None = None
     )  # fmt: skip
 
 
-def least_draws(alpha: float, tests: int = 1, at_least: int = 1) -> int:
+def least_draws(alpha: float, tests: int = 1, at_least: int = 1, shared: int = 1) -> int:
     """Draws that are needed before anything can survive.
 
     Args:
         alpha: level, one-sided.
-        tests: 1 for the maximum rule; the number of cells for single ranks under Bonferroni or Benjamini-Hochberg.
+        tests: 1 for the maximum rule (times its groups); the number of cells for single ranks under Bonferroni or
+            Benjamini-Hochberg.
         at_least: cells that must reach the smallest p together (Benjamini-Hochberg: k of them need k times less).
+        shared: directions that share the draws.
 
     Returns:
-        the smallest D with 1 / (1 + D) <= alpha * at_least / tests.
+        the smallest D with shared / (shared + D) <= alpha * at_least / tests.
     """
-    if not 0 < alpha < 1 or tests < 1 or not 1 <= at_least <= tests:
-        raise ValueError(f"alpha in 0..1 and 1 <= at_least <= tests are needed, got {alpha}, {at_least} and {tests}")
-    return int(np.ceil(tests / (alpha * at_least) - 1e-9)) - 1
-
-
-# --- Effects, not cells -----------------------------------------------------------------------------------------------
-
-
-def overlap(flips: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
-    """(cell, other) Jaccard overlap of sets of flipped prompts: both / either; 0 where neither flips anything."""
-    first = np.asarray(flips, float)
-    second = first if others is None else np.asarray(others, float)
-    both = first @ second.T
-    either = first.sum(1)[:, None] + second.sum(1)[None] - both
-    return np.where(either > 0, both / np.maximum(either, 1), 0.0)
-
-
-@dataclass(frozen=True)
-class DistinctEdits:
-    """Cells grouped into effects.
-
-    Attributes:
-        labels: (cell,) number of the effect, 0.., in order of first appearance.
-        number: how many effects.
-        threshold: overlap from which two cells count as one effect.
-        null_pairs: how many pairs of unrelated random edits the threshold was read from.
-    """
-
-    labels: np.ndarray
-    number: int
-    threshold: float
-    null_pairs: int
-
-
-def distinct_edits(
-    flips: np.ndarray,
-    null_flips: np.ndarray,
-    null_edits: np.ndarray,
-    *,
-    method: Literal["average", "components"] = "average",
-    quantile: float = 0.95,
-    most: int = 600,
-    seed: int = 0,
-) -> DistinctEdits:
-    """How many different effects are behind some cells, by the prompts that they flip.
-
-    Two cells are the same effect if their flips overlap more than those of two unrelated random edits usually do: the
-    threshold is the `quantile` of the Jaccard overlap between null cells of different vectors, among null cells with
-    at least half the flips of the smallest given cell and at most twice those of the largest (overlap grows with
-    size). Easy prompts flip together under any edit; this is what the null overlap measures. With average linkage a
-    cell joins a group if its mean overlap with the group is above the threshold, so that chance overlaps do not chain.
-
-    Args:
-        flips: (cell, prompt) bool, the cells to group.
-        null_flips: (null cell, prompt) bool, of random draws.
-        null_edits: (null cell,) which vector it was; only different ones are compared.
-        method: "average": average linkage; "components": single overlaps above the threshold connect.
-        quantile: of the overlap between unrelated edits.
-        most: null cells used at most, a seeded choice.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    cells = np.asarray(flips, bool)
-    null = np.asarray(null_flips, bool)
-    edits = np.unique(np.asarray(null_edits), return_inverse=True)[1] if len(null) else np.empty(0, int)
-    if cells.ndim != 2 or null.ndim != 2 or null.shape[1] != cells.shape[1] or len(edits) != len(null):
-        raise ValueError(f"flips and null_flips must be (cell, prompt) over the same prompts, got {cells.shape}, "
-                         f"{null.shape} and {len(edits)} null_edits")  # fmt: skip
-    if not len(cells):
-        return DistinctEdits(np.empty(0, int), 0, np.nan, 0)
-    sizes, own = null.sum(1), cells.sum(1)
-    alike = np.flatnonzero((sizes >= max(1.0, own.min() / 2)) & (sizes <= 2 * own.max()))
-    if len(alike) > most:
-        alike = np.sort(np.random.default_rng([seed, 5]).choice(alike, most, replace=False))
-    unrelated = np.triu(edits[alike][:, None] != edits[alike][None], 1)
-    found = overlap(null[alike])[unrelated]
-    threshold = float(np.quantile(found, quantile)) if found.size else 0.5
-    if len(cells) == 1:
-        return DistinctEdits(np.zeros(1, int), 1, threshold, found.size)
-    apart = 1 - overlap(cells)
-    np.fill_diagonal(apart, 0.0)
-    tree = linkage(squareform(apart, checks=False), "average" if method == "average" else "single")
-    raw = fcluster(tree, 1 - threshold - _TIE, "distance")
-    _, first, inverse = np.unique(raw, return_index=True, return_inverse=True)
-    labels = np.argsort(np.argsort(first))[inverse]
-    return DistinctEdits(labels, len(first), threshold, int(found.size))
+    if not 0 < alpha < 1 or tests < 1 or not 1 <= at_least <= tests or shared < 1:
+        raise ValueError(f"alpha in 0..1, 1 <= at_least <= tests and shared >= 1 are needed, got {alpha}, {at_least}, "
+                         f"{tests} and {shared}")  # fmt: skip
+    return int(np.ceil(shared * (tests / (alpha * at_least) - 1) - 1e-9))
 
 
 # --- Against the baseline: gains and losses apart ---------------------------------------------------------------------

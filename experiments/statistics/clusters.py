@@ -7,7 +7,9 @@ The rule, `expanded_percentile`: percentile bootstrap over clusters (multinomial
 widened for few clusters so that a mean gets the width of a t interval. One cluster says nothing about spread: the
 interval is then the whole range of the number. It holds for any function of cluster sums (`interval_of`): a mean, a
 difference of means, the lead of one column over the others, a calibration error. `bootstrap_interval` is the same for
-many ratios at once, `mean_intervals` for the columns of a table, `accuracy_interval` for one accuracy.
+many ratios at once. Where all clusters agree there is nothing to resample: `cluster_interval` is `bootstrap_interval`
+with the exact bounds of `exact.py` there, and what every table has: `mean_intervals` for the columns of a table,
+`accuracy_interval` for one accuracy, `effects.levels` and `effects.compare`.
 
 Knows nothing about trial tables, files or models.
 
@@ -23,7 +25,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
-from statsmodels.stats.proportion import proportion_confint
+
+from experiments.statistics.exact import never_zero_width
 
 __all__ = [
     "Estimate",
@@ -31,6 +34,7 @@ __all__ = [
     "accuracy_interval",
     "bootstrap_interval",
     "cluster_codes",
+    "cluster_interval",
     "cluster_sums",
     "cluster_weights",
     "expanded_percentile",
@@ -248,6 +252,34 @@ def bootstrap_interval(
     return np.concatenate([low for low, _ in parts]), np.concatenate([high for _, high in parts])
 
 
+def cluster_interval(
+    sums: np.ndarray,
+    counts: np.ndarray,
+    *,
+    weights: np.ndarray,
+    level: float = 0.95,
+    bounds: tuple[float | np.ndarray, float | np.ndarray] = (-1.0, 1.0),
+) -> tuple[np.ndarray, np.ndarray]:
+    """`bootstrap_interval`, with exact bounds wherever all clusters agree: never an interval of no width.
+
+    Args:
+        sums, counts, weights, level: as there.
+        bounds: lowest and highest value of the mean, numbers or (cell,); infinite for a measure without bounds, whose
+            interval is then unbounded where all clusters agree.
+
+    Returns:
+        lower, upper, each (cell,); NaN for a cell without data.
+    """
+    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=level)
+    known = np.flatnonzero(counts.sum(1) > 0)
+    low, high = (np.broadcast_to(np.asarray(bound, float), (len(sums),))[known] for bound in bounds)
+    ends = np.full(len(sums), np.nan), np.full(len(sums), np.nan)
+    ends[0][known], ends[1][known], _ = never_zero_width(
+        lower[known], upper[known], sums[known], counts[known], level=level, bounds=(low, high)
+    )
+    return ends
+
+
 # --- Means ------------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +298,7 @@ def accuracy_interval(
         clusters: the cluster of each prompt (prompts that share a number triple).
 
     Returns:
-        estimate, lower, upper as fractions, number of prompts and of clusters. All right or all wrong gives no width.
+        estimate, lower, upper as fractions, number of prompts and of clusters; exact where all clusters agree.
 
     Raises:
         ValueError: no prompts, or lengths that differ.
@@ -277,7 +309,7 @@ def accuracy_interval(
     codes, names = cluster_codes(clusters)
     sums, counts = cluster_sums(values[:, None], codes, len(names))
     weights = cluster_weights(len(names), resamples, seed)
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=level, bounds=(0.0, 1.0))
+    lower, upper = cluster_interval(sums, counts, weights=weights, level=level, bounds=(0.0, 1.0))
     return Estimate(float(values.mean()), float(lower[0]), float(upper[0]), len(values), len(names))
 
 
@@ -287,17 +319,14 @@ def mean_intervals(
     settings: Settings | None = None,
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
-    rates: bool = False,
 ) -> pd.DataFrame:
-    """Means of many columns over prompts, with bootstrap intervals over clusters.
+    """Means of many columns over prompts, with intervals over clusters (`cluster_interval`).
 
     Args:
         values: (prompt, column), NaN where a prompt does not count.
         clusters: one per prompt.
         settings: resamples, level, seed.
-        bounds: the whole range of a mean, given for a column with a single cluster.
-        rates: values are truth values; where all are alike a bootstrap has no width, and the interval is
-            Clopper-Pearson over clusters.
+        bounds: the whole range of a mean.
 
     Returns:
         One row per column: mean, lower, upper, n (prompts), n_clusters. NaN where no prompt counts.
@@ -306,25 +335,14 @@ def mean_intervals(
     codes, names = cluster_codes(clusters)
     sums, counts = (np.ascontiguousarray(table) for table in cluster_sums(values, codes, len(names)))
     weights = settings.weights(len(names))
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=bounds)
+    lower, upper = cluster_interval(sums, counts, weights=weights, level=settings.level, bounds=bounds)
     n = counts.sum(1)
-    empty = n == 0
-    n_clusters = (counts > 0).sum(1)
-    if rates:
-        total = sums.sum(1)
-        for share, side in ((0.0, upper), (1.0, lower)):
-            alike = (total == share * n) & ~empty
-            ends = proportion_confint(
-                share * n_clusters[alike], n_clusters[alike], alpha=round(1 - settings.level, 12), method="beta"
-            )
-            side[alike] = ends[1] if share == 0 else ends[0]
-    mean = np.where(empty, np.nan, sums.sum(1) / np.maximum(n, 1))
     return pd.DataFrame(
         {
-            "mean": mean,
-            "lower": np.where(empty, np.nan, lower),
-            "upper": np.where(empty, np.nan, upper),
+            "mean": np.where(n == 0, np.nan, sums.sum(1) / np.maximum(n, 1)),
+            "lower": lower,
+            "upper": upper,
             "n": n.astype(int),
-            "n_clusters": n_clusters,
+            "n_clusters": (counts > 0).sum(1),
         }
     )

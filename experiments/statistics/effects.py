@@ -6,7 +6,8 @@ has a fixed value (`absent`): the empty word, latent, source and target 0, draw,
 So a contrast names only the columns that matter, and "none" is one condition, not one per latent.
 
 Draws of a prompt are averaged first; prompts of a cluster stand or fall together (see `clusters`). A prompt counts in a
-comparison if both of its conditions have it.
+comparison if both of its conditions have it. `per_prompt` and `differences` are what tables are made of, prompt by
+prompt, for whoever judges several numbers together. `beyond` tells which effects are not only there but matter.
 
 Knows nothing about files, models, or what a condition means.
 """
@@ -20,13 +21,26 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
-from experiments.statistics.clusters import Settings, bootstrap_interval, cluster_codes, cluster_sums
+from experiments.statistics.clusters import Settings, cluster_codes, cluster_interval, cluster_sums
 from experiments.statistics.paired import benjamini_hochberg, max_statistic_p, mcnemar_p, sign_flip_p
 
-__all__ = ["Selector", "absent", "compare", "levels", "row_of", "rows_of"]
+__all__ = [
+    "Bounds",
+    "Selector",
+    "absent",
+    "beyond",
+    "compare",
+    "differences",
+    "levels",
+    "per_prompt",
+    "row_of",
+    "rows_of",
+]
 
 Selector = Mapping[str, Any]
 """Column -> value: the rows that have these values."""
+Bounds = tuple[float, float]
+"""Lowest and highest value that an outcome can have; infinite where there is none."""
 
 _ABSENT = {"latent": 0, "source": 0, "target": 0, "draw": -1, "layer": -1, "step": -1}
 _NUMBERS = ("n", "n_clusters", "mean")
@@ -44,7 +58,8 @@ def absent(column: str, values: pd.Series) -> Any:
 class _Conditions:
     """The conditions of a trial table, and the mean of the outcome over draws for every prompt in each of them.
 
-    `keys` has one row per condition, sorted; `values` is (prompt, condition), NaN where a prompt is not there.
+    `keys` has one row per condition, sorted; `values` is (prompt, condition), NaN where a prompt is not there;
+    `prompts` is the index (cluster, prompt_id) of its rows.
     """
 
     def __init__(self, trials: pd.DataFrame, by: Sequence[str], outcome: str) -> None:
@@ -62,7 +77,7 @@ class _Conditions:
         )
         means = long.groupby(["cluster", "prompt_id", "condition"], observed=True, sort=True)["outcome"].mean()
         table = means.unstack()
-        self.values = table.to_numpy(float)
+        self.values, self.prompts = table.to_numpy(float), table.index
         self.codes, self.clusters = cluster_codes(table.index.get_level_values("cluster"))
         self._absent = {name: absent(name, trials[name]) for name in self.by}
         self._place = {key: place for place, key in enumerate(self.keys.itertuples(index=False, name=None))}
@@ -86,14 +101,20 @@ class _Conditions:
         return ", ".join(f"{column} {value!r}" for column, value in zip(self.by, key, strict=True))
 
 
-def _bounds(values: np.ndarray) -> tuple[float, float]:
-    """The whole range of an outcome: of a fraction 0..1, of a difference of fractions -1..1, else what was seen."""
-    low, high = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
-    return min(low, 0.0), max(high, 1.0)
+def _range(values: pd.Series, bounds: Bounds | None) -> Bounds:
+    """The range of an outcome: as given, else 0..1 for truth values and none for other numbers."""
+    if bounds is not None:
+        return bounds
+    known = values.dropna()
+    return (0.0, 1.0) if known.astype(float).isin((0.0, 1.0)).all() else (-np.inf, np.inf)
 
 
 def levels(
-    trials: pd.DataFrame, by: Sequence[str], outcome: str = "correct", settings: Settings | None = None
+    trials: pd.DataFrame,
+    by: Sequence[str],
+    outcome: str = "correct",
+    settings: Settings | None = None,
+    bounds: Bounds | None = None,
 ) -> pd.DataFrame:
     """Mean of an outcome in every condition, with its interval.
 
@@ -103,10 +124,11 @@ def levels(
         by: columns that name a condition.
         outcome: column.
         settings: resamples, level, seed.
+        bounds: range of the outcome; None: 0..1 for truth values, none for other numbers.
 
     Returns:
         One row per condition, sorted: the columns of `by`, n (prompts), n_clusters, mean, lower, upper (bootstrap over
-        clusters).
+        clusters, exact where all clusters agree).
 
     Raises:
         ValueError: a column that is not there, or a missing value in a column of `by`.
@@ -115,7 +137,9 @@ def levels(
     found = _Conditions(trials, by, outcome)
     sums, counts = cluster_sums(found.values, found.codes, len(found.clusters))
     weights = settings.weights(len(found.clusters))
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=_bounds(found.values))
+    lower, upper = cluster_interval(
+        sums, counts, weights=weights, level=settings.level, bounds=_range(trials[outcome], bounds)
+    )
     return found.keys.assign(
         n=counts.sum(1).astype(int),
         n_clusters=(counts > 0).sum(1),
@@ -131,6 +155,7 @@ def compare(
     by: Sequence[str],
     outcome: str = "correct",
     settings: Settings | None = None,
+    bounds: Bounds | None = None,
 ) -> pd.DataFrame:
     """Paired differences between conditions, over the prompts that both have; all contrasts are one family.
 
@@ -140,13 +165,15 @@ def compare(
         by: columns that name a condition.
         outcome: column, bool or number.
         settings: resamples, permutations, level, seed.
+        bounds: range of the outcome, as in `levels`.
 
     Returns:
         One row per contrast: the columns of `by`, the same of the reference as reference_<column>, n, n_clusters, mean,
-        reference_mean, difference, lower, upper (bootstrap over clusters), gained and lost (prompts above and below the
-        reference), mcnemar_p (prompts taken as independent; NaN if an outcome is no truth value or has several draws),
-        p (sign flips of whole clusters: exact for truth values, else by `permutations` random flips), q
-        (Benjamini-Hochberg over the contrasts), fwer_p (step-down max-statistic over them).
+        reference_mean, difference, lower, upper (bootstrap over clusters, exact where all clusters agree), gained and
+        lost (prompts above and below the reference), mcnemar_p (prompts taken as independent; NaN if an outcome is no
+        truth value or has several draws), p (sign flips of whole clusters: exact for truth values, else by
+        `permutations` random flips), q (Benjamini-Hochberg over the contrasts), fwer_p (step-down max-statistic over
+        them).
 
     Raises:
         ValueError: a condition that the trials do not have, a column outside `by`, or no prompt in common.
@@ -166,18 +193,19 @@ def compare(
     means = np.array([(a[known].mean(), b[known].mean()) for (a, b), known in zip(pairs, both, strict=True)])
     named = {column: [key[i] for key, _ in keys] for i, column in enumerate(by)}
     named |= {f"reference_{column}": [key[i] for _, key in keys] for i, column in enumerate(by)}
-    return pd.DataFrame(named | _effects(values, found.codes, len(found.clusters), means, settings))
+    span = _range(trials[outcome], bounds)
+    return pd.DataFrame(named | _effects(values, found.codes, len(found.clusters), means, settings, span))
 
 
 def _effects(
-    values: np.ndarray, codes: np.ndarray, n_clusters: int, means: np.ndarray, settings: Settings
+    values: np.ndarray, codes: np.ndarray, n_clusters: int, means: np.ndarray, settings: Settings, span: Bounds
 ) -> dict[str, np.ndarray]:
-    """The columns _EFFECTS from (prompt, contrast) differences, NaN where a prompt does not count, and (contrast, 2)
-    means of condition and reference."""
+    """The columns _EFFECTS from (prompt, contrast) differences, NaN where a prompt does not count, (contrast, 2) means
+    of condition and reference, and the range of the outcome."""
     sums, counts = cluster_sums(values, codes, n_clusters)
     weights = settings.weights(n_clusters)
-    largest = max(1.0, float(np.nanmax(np.abs(values))))
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level, bounds=(-largest, largest))
+    low, high = (bound - means[:, 1] for bound in span)  # what the reference leaves room for
+    lower, upper = cluster_interval(sums, counts, weights=weights, level=settings.level, bounds=(low, high))
     gained, lost = (np.nan_to_num(values) > 1e-12).sum(0), (np.nan_to_num(values) < -1e-12).sum(0)
     whole = np.array([np.isin(np.abs(column[~np.isnan(column)]), (0.0, 1.0)).all() for column in values.T])
     p = np.ones(len(sums))
@@ -192,6 +220,56 @@ def _effects(
         max_statistic_p(sums, permutations=settings.permutations, seed=settings.seed),
     )  # fmt: skip
     return dict(zip(_EFFECTS, columns, strict=True))
+
+
+# --- Prompt by prompt -------------------------------------------------------------------------------------------------
+
+
+def per_prompt(
+    trials: pd.DataFrame, conditions: Sequence[Selector], by: Sequence[str], outcome: str = "correct"
+) -> pd.DataFrame:
+    """Means over draws of every prompt in some conditions.
+
+    Args:
+        trials, by, outcome: as in `levels`.
+        conditions: a column of `by` that is not named is one that does not apply.
+
+    Returns:
+        (prompt × condition) with the index (cluster, prompt_id), columns 0, 1, …; NaN where a prompt is not there.
+
+    Raises:
+        ValueError: a condition that the trials do not have.
+    """
+    found = _Conditions(trials, by, outcome)
+    columns = {place: found.of(condition) for place, condition in enumerate(conditions)}
+    return pd.DataFrame(columns, index=found.prompts)
+
+
+def differences(
+    trials: pd.DataFrame, contrasts: Sequence[tuple[Selector, Selector]], by: Sequence[str], outcome: str = "correct"
+) -> pd.DataFrame:
+    """Paired differences of every prompt, one column per contrast; arguments as for `compare`, result as for
+    `per_prompt`."""
+    first, second = (per_prompt(trials, [pair[side] for pair in contrasts], by, outcome) for side in (0, 1))
+    return first - second
+
+
+# --- Which effects matter ---------------------------------------------------------------------------------------------
+
+
+def beyond(table: pd.DataFrame, size: float, alpha: float = 0.05, name: str = "difference") -> np.ndarray:
+    """(row,) bool: the effect survives correction (q < alpha), and its whole interval lies beyond the size that
+    matters, on the side of the estimate.
+
+    Args:
+        table: with the columns name, lower, upper and q.
+        size: smallest effect that matters, 0 or more, in the unit of the effect (see `sizes`).
+        alpha: false discovery rate.
+        name: column of the estimate.
+    """
+    up = table[name].to_numpy(float) > 0
+    outside = np.where(up, table["lower"].to_numpy(float) > size, table["upper"].to_numpy(float) < -size)
+    return outside & (table["q"].to_numpy(float) < alpha)
 
 
 # --- Rows of a table --------------------------------------------------------------------------------------------------

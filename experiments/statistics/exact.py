@@ -14,6 +14,11 @@ A bootstrap of 13 clusters that are all right gives [100 %, 100 %], and one of d
 Clusters count equally in this rule, whatever their number of prompts. A measure without bounds (nats) has no exact
 interval: it is then unbounded, which no claim can rest on.
 
+Where few clusters differ, a resampled standard error is too small just when chance showed too few of them, the more so
+at the level that a family needs. `rare` gives bounds for that case, from the shares of clusters above and below v and
+their Clopper-Pearson bounds, combined as squares (MOVER); with none that differs it is the rule above.
+
+Sources: Clopper and Pearson 1934; Newcombe 1998, Statistics in Medicine 17, 2635 (squares of paired differences).
 Arrays in, arrays out. Knows nothing about bootstraps, claims or models.
 """
 
@@ -22,9 +27,11 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats as scipy_stats
 
-__all__ = ["agreeing", "clopper_pearson", "never_zero_width", "other_share"]
+__all__ = ["FEW", "agreeing", "clopper_pearson", "never_zero_width", "other_share", "rare"]
 
 _SAME = 1e-12
+FEW = 10
+"""With fewer clusters than this that differ from the commonest value, `rare` speaks."""
 
 
 def clopper_pearson(
@@ -135,3 +142,47 @@ def never_zero_width(
         new_lower[cell] = max(low[cell], value - share * max(value - low[cell], 0.0))
         new_upper[cell] = min(high[cell], value + share * max(high[cell] - value, 0.0))
     return new_lower, new_upper, replaced
+
+
+def rare(
+    sums: np.ndarray,
+    counts: np.ndarray,
+    *,
+    level: float = 0.95,
+    bounds: tuple[np.ndarray | float, np.ndarray | float] = (-1.0, 1.0),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of sums.sum(1) / counts.sum(1) where fewer than FEW clusters, and less than half, differ from the rest.
+
+    With the commonest cluster mean v, and the shares of clusters below and above it with their exact bounds, the mean
+    reaches so far down as more clusters may lie below (at the lowest value that is possible) and as fewer may lie above
+    (at the distance that they were seen at), the two as the root of their squares; so far up likewise.
+
+    Args:
+        sums, counts, level, bounds: as for `never_zero_width`.
+
+    Returns:
+        lower, upper (cell,); NaN for the other cells.
+    """
+    means, present = _means(sums, counts)
+    low, high = (np.broadcast_to(np.asarray(bound, float), (len(means),)) for bound in bounds)
+    lower, upper = np.full(len(means), np.nan), np.full(len(means), np.nan)
+    for cell, here in enumerate(present):
+        total = int(here.sum())
+        if total < 2:
+            continue
+        value, differing = _commonest(means[cell], here)
+        if differing >= min(FEW, total / 2):
+            continue
+        apart = means[cell][here] - value
+        estimate = float(np.asarray(sums, float)[cell].sum() / np.asarray(counts, float)[cell].sum())
+        more, fewer = {}, {}
+        for side, room in ((-1, value - low[cell]), (1, high[cell] - value)):
+            found = side * apart > 1e-9
+            number = int(found.sum())
+            least, most = (float(bound) for bound in clopper_pearson(number, total, level))
+            size = float(np.abs(apart[found]).mean()) if number else 0.0
+            more[side] = (most - number / total) * max(room, 0.0) if room > 0 else 0.0
+            fewer[side] = (number / total - least) * size
+        lower[cell] = max(low[cell], estimate - np.hypot(more[-1], fewer[1]))
+        upper[cell] = min(high[cell], estimate + np.hypot(more[1], fewer[-1]))
+    return lower, upper

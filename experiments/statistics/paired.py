@@ -24,8 +24,8 @@ from statsmodels.stats.multitest import multipletests
 
 from experiments.statistics.clusters import (
     Estimate,
-    bootstrap_interval,
     cluster_codes,
+    cluster_interval,
     cluster_sums,
     cluster_weights,
 )
@@ -60,7 +60,8 @@ def paired_interval(
     codes, names = cluster_codes(clusters)
     sums, counts = cluster_sums(difference[:, None], codes, len(names))
     weights = cluster_weights(len(names), resamples, seed)
-    lower, upper = bootstrap_interval(sums, counts, weights=weights, level=level)
+    before = float(np.asarray(reference, float).mean())
+    lower, upper = cluster_interval(sums, counts, weights=weights, level=level, bounds=(-before, 1 - before))
     return Estimate(float(difference.mean()), float(lower[0]), float(upper[0]), len(difference), len(names))
 
 

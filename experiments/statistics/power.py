@@ -9,7 +9,8 @@
                            best case). It cannot be more than the clusters that are wrong (for a gain) or right (for a
                            harm) before the edit.
     against the draws      the maximum rule of `calibration`: the smallest accuracy whose extreme has p <= alpha. With D
-                           draws p is never below 1 / (1 + D): if that is above alpha, nothing can survive.
+                           draws shared by m directions p is never below m / (m + D): if that is above alpha, nothing
+                           can survive.
     both                   the harder of the two, cell by cell.
 
 `passes` is the share of cells in which an edit that made every answer right (wrong) would have passed both.
@@ -27,7 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from experiments.statistics.calibration import Tail, block_maxima, extremes, least_draws, typical_variance
+from experiments.statistics.calibration import Tail, extremes, least_draws, missed, pool_codes, typical_variance
 
 __all__ = ["Design", "against_baseline", "against_draws", "detectable", "power_words"]
 
@@ -90,6 +91,7 @@ def against_draws(
     *,
     strata: np.ndarray | None = None,
     blocks: np.ndarray | None = None,
+    pools: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     alpha: float = 0.05,
 ) -> np.ndarray:
@@ -98,7 +100,7 @@ def against_draws(
     Args:
         values: (cell, 1 + D) accuracies; column 0 (the direction) serves only for the stratum's spread.
         resolution: 1 / prompts.
-        strata, blocks, groups: as in `calibration`.
+        strata, blocks, pools, groups: as in `calibration`.
 
     Returns:
         (cell,) the smallest (gain) or largest (harm) accuracy, a multiple of the resolution, that passes; NaN where
@@ -108,26 +110,31 @@ def against_draws(
     cells = len(values)
     out = np.full(cells, np.nan)
     typical = typical_variance(values, strata)
-    codes = np.zeros(cells, int) if blocks is None else np.unique(np.asarray(blocks), return_inverse=True)[1]
+    blocks = np.zeros(cells, int) if blocks is None else np.asarray(blocks)
     parts = np.zeros(cells, int) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     number = int(parts.max(initial=0)) + 1
-    if values.shape[1] - 1 < least_draws(alpha / number):
-        return out
-    for part in range(number):
-        rows = np.flatnonzero(parts == part)
-        here = np.unique(codes[rows], return_inverse=True)[1]
-        out[rows] = _needed(values[rows], resolution, tail, typical[rows], here, alpha / number)
+    for rows in (np.flatnonzero(parts == part) for part in range(number)):
+        pool, _, shared = pool_codes(blocks[rows], None if pools is None else np.asarray(pools)[rows], len(rows))
+        if values.shape[1] - 1 >= least_draws(alpha / number, shared=int(shared.max())):
+            out[rows] = _needed(values[rows], resolution, tail, typical[rows], pool, shared, alpha / number)
     return out
 
 
 def _needed(
-    values: np.ndarray, resolution: float, tail: Tail, typical: np.ndarray, codes: np.ndarray, alpha: float
+    values: np.ndarray,
+    resolution: float,
+    tail: Tail,
+    typical: np.ndarray,
+    codes: np.ndarray,
+    shared: np.ndarray,
+    alpha: float,
 ) -> np.ndarray:
-    """`against_draws` within one group."""
+    """`against_draws` within one group; `codes` are the pools of its cells, `shared` the directions of each pool."""
     cells, draws = len(values), values.shape[1] - 1
     out = np.full(cells, np.nan)
     plain = extremes(values, resolution, tail, typical=typical)[:, 1:]
-    others = block_maxima(plain, codes)
+    others = np.full((len(shared), draws), -np.inf)
+    np.maximum.at(others, codes, plain)
     runner_up, leader = _without_each(plain, codes)
     steps = int(round(1 / resolution))
 
@@ -139,10 +146,10 @@ def _needed(
         reached = extreme[:, :1] - 1e-9
         with np.errstate(divide="ignore"):
             free = np.zeros(cells)
-            for block, row in enumerate(others):
-                share = (row[None] >= reached).sum(1) / (draws + 1)
-                free += np.where(codes == block, 0.0, np.log1p(-share))
-            free += np.log1p(-(1 + (own >= reached).sum(1)) / (draws + 1))
+            for pool, row in enumerate(others):
+                reaching = (row[None] >= reached).sum(1)
+                free += np.where(codes == pool, 0.0, np.log(missed(reaching, shared[pool], draws)))
+            free += np.log(missed(1 + (own >= reached).sum(1), shared[codes], draws))
         return -np.expm1(free) <= alpha + 1e-12
 
     sign = 1 if tail == "gain" else -1
@@ -157,7 +164,7 @@ def _needed(
 
 
 def _without_each(extreme: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Second largest extreme per block and draw, and (cell, draw) where a cell holds the largest one."""
+    """Second largest extreme per pool and draw, and (cell, draw) where a cell holds the largest one."""
     blocks = int(codes.max()) + 1
     second = np.full((blocks, extreme.shape[1]), -np.inf)
     leader = np.zeros(extreme.shape, bool)
@@ -177,6 +184,7 @@ def detectable(
     *,
     strata: np.ndarray | None = None,
     blocks: np.ndarray | None = None,
+    pools: np.ndarray | None = None,
     apart: bool = False,
 ) -> pd.DataFrame:
     """Smallest improvement and harm that each group of cells (each |c|) could have shown.
@@ -185,12 +193,13 @@ def detectable(
         values: (cell, 1 + D) accuracies, column 0 the direction; D = 0 if no draws were run.
         design: prompts, clusters, baseline, alpha and number of tests.
         groups: (cell,) |c|.
-        strata, blocks: as in `calibration`.
+        strata, blocks, pools: as in `calibration`.
         apart: the maximum is taken within each group (`groups` of `maximum_p`).
 
     Returns:
-        One row per group and tail: group, tail ("gain", "harm"), cells, draws, least_p (1 / (1 + D), times the groups
-        if apart), can_survive, baseline_clusters (NaN: impossible), baseline_points, draws_points, both_points (median
+        One row per group and tail: group, tail ("gain", "harm"), cells, draws, least_p (m / (m + D) with m directions
+        that share D draws, times the groups if apart), needed (draws with which it would be alpha), can_survive,
+        baseline_clusters (NaN: impossible), baseline_points, draws_points, both_points (median
         over cells of the difference from the baseline that is needed; fractions, negative for harm; NaN where most
         cells cannot), both_least (easiest cell), passes (share of cells in which an edit that made every answer right,
         or wrong, would pass both).
@@ -208,17 +217,20 @@ def detectable(
         if draws >= 2:
             accuracy = against_draws(
                 values, 1 / design.n, tail,
-                strata=strata, blocks=blocks, groups=groups if apart else None, alpha=design.alpha,
+                strata=strata, blocks=blocks, pools=pools, groups=groups if apart else None, alpha=design.alpha,
             )  # fmt: skip
             need = accuracy - design.baseline
         both = sign * np.maximum(sign * need, sign * base)
-        least = draws >= least_draws(design.alpha / families)
         for group in np.unique(groups):
             here = groups == group
+            chosen = here if apart else np.ones(len(values), bool)
+            codes = [None if c is None else np.asarray(c)[chosen] for c in (blocks, pools)]
+            shared = int(pool_codes(codes[0], codes[1], int(chosen.sum()))[2].max())
+            needed = least_draws(design.alpha / families, shared=shared)
             records.append({
                 "group": group, "tail": tail, "cells": int(here.sum()), "draws": draws,
-                "least_p": families / (1 + draws),
-                "can_survive": bool(least and np.isfinite(both[here]).any()),
+                "least_p": families * shared / (shared + draws), "needed": needed,
+                "can_survive": bool(draws >= needed and np.isfinite(both[here]).any()),
                 "baseline_clusters": np.nan if clusters is None else float(clusters), "baseline_points": base,
                 "draws_points": _median(need[here], sign), "both_points": _median(both[here], sign),
                 "both_least": sign * np.nanmin(sign * both[here]) if np.isfinite(both[here]).any() else np.nan,
@@ -238,10 +250,9 @@ def power_words(row: pd.Series | dict, alpha: float = 0.05) -> str:
     """One row of `detectable` as a sentence, |c| left to the caller."""
     name = "improvement" if row["tail"] == "gain" else "harm"
     if row["least_p"] > alpha + 1e-12:
-        needed = least_draws(alpha / (row["least_p"] * (1 + row["draws"])))
         return (
-            f"Nothing can survive: {row['draws']} draws allow no p below {row['least_p']:.3g}; {needed} are needed for "
-            f"{alpha:g}."
+            f"Nothing can survive: {row['draws']} draws allow no p below {min(1.0, row['least_p']):.2g}; "
+            f"{row['needed']} are needed for {alpha:g}."
         )
     if np.isnan(row["baseline_points"]):
         return f"No {name} could be found: too few clusters have room for one at this baseline."

@@ -2,8 +2,12 @@
 
 A study makes one `Claim` per statement, with the number that decides it, its interval and how much data is behind it,
 and collects them in a `ClaimsTable` that prints as markdown and is written, as CSV and JSON, through the run folder.
-`judge` turns an interval into a verdict by one rule for every study: a claim is held only if the whole interval lies on
-the claimed side.
+
+A verdict has four values. "held": the whole interval lies on the claimed side (of a claim of absence: within the stated
+size). "not held": the whole interval lies on the other side (beyond the size). "undecided": it reaches across, this run
+is too small to say. "not testable": the model or the data cannot answer at all. The rules are
+`experiments.statistics.equivalence.judge_presence` and `judge_absence`; `effect_claim` takes what they give. Claims of
+one table that rest on the same prompts are judged together by `experiments.study.verdicts`.
 
 Knows nothing about models, prompts or particular claims. Not a command: the studies write these tables.
 """
@@ -15,14 +19,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import pandas as pd
 
+from experiments.statistics.equivalence import UNDECIDED, Judgement, ThreeWay
+
 __all__ = ["VERDICTS", "Claim", "ClaimsTable", "Verdict", "effect_claim", "judge"]
 
-Verdict = Literal["held", "not held", "undecided", "not testable"]
-VERDICTS: tuple[Verdict, ...] = ("held", "not held", "undecided", "not testable")
+Verdict = ThreeWay
+VERDICTS: tuple[Verdict, ...] = get_args(ThreeWay)
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,14 @@ class Claim:
         name: short name, such as "C1" or "S7 (KV)"; unique in its table.
         statement: what was claimed, in this project's notation.
         measured: what the number is, and the rule by which it decides.
-        verdict: "held", "not held", "undecided" (at this power) or "not testable" (for the model and data at hand).
+        verdict: "held", "not held", "undecided" or "not testable" (for the model and data at hand).
         estimate, lower, upper: the number and its interval; NaN where there is none.
         n, n_clusters: prompts and independent clusters behind the number.
         note: why it could not be tested, or what else a reader should know.
+        mark: "ceiling", "floor", … if the verdict rests on one: the scale ends there, whatever the mechanism.
+        size: bound, or smallest size that matters, that the interval was judged against; NaN: not said.
+        family: number of claims that the interval is corrected for; 1: it stands alone.
+        corrected: how, such as "max-t, together at 95 %"; "" if it stands alone.
     """
 
     name: str
@@ -49,6 +59,10 @@ class Claim:
     n: int = 0
     n_clusters: int = 0
     note: str = ""
+    mark: str = ""
+    size: float = math.nan
+    family: int = 1
+    corrected: str = ""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -59,6 +73,8 @@ class Claim:
             raise ValueError(f"claim {self.name}: say in note why it is not testable")
         if self.verdict != "not testable" and math.isnan(self.estimate):
             raise ValueError(f"claim {self.name}: a verdict of {self.verdict!r} needs the number it rests on")
+        if self.family < 1 or (self.family > 1) != bool(self.corrected):
+            raise ValueError(f"claim {self.name}: say how it is corrected if and only if its family has several claims")
 
     @property
     def number(self) -> str:
@@ -69,9 +85,21 @@ class Claim:
         clusters = f" in {self.n_clusters} clusters" if self.n_clusters else ""
         return f"{self.estimate:.3f}{interval}, n = {self.n}{clusters}"
 
+    @property
+    def answer(self) -> str:
+        """The verdict as it is printed: "undecided at this power", "held (rests on a ceiling)"."""
+        name = UNDECIDED if self.verdict == "undecided" else self.verdict
+        return f"{name} (rests on a {self.mark})" if self.mark and self.verdict != "not testable" else name
+
+    @property
+    def visible(self) -> float:
+        """The smallest effect that this run could have told from none: how far its interval reaches from the estimate,
+        on the wider side. Infinite or NaN: none."""
+        return max(self.estimate - self.lower, self.upper - self.estimate)
+
 
 def judge(lower: float, upper: float, *, above: float | None = None, below: float | None = None) -> Verdict:
-    """The verdict on "the number is above (below) a bound".
+    """The two-way verdict on "the number is above (below) a bound"; `judge_presence` tells "undecided" from "not held".
 
     Args:
         lower, upper: interval of the number; NaN: nothing was measured.
@@ -99,30 +127,32 @@ def effect_claim(
     name: str,
     statement: str,
     rule: str,
-    verdict: Verdict,
+    verdict: Verdict | Judgement,
     row: Mapping[str, Any] | pd.Series,
     note: str = "",
     of: str = "difference",
+    corrected: str = "",
 ) -> Claim:
     """A claim that rests on one row of a table of levels (`of` "mean") or of paired differences.
 
     Args:
-        name, statement, rule, verdict, note: see `Claim`; the rule is its `measured`.
-        row: with the columns `of`, lower, upper, n and n_clusters.
+        name, statement, rule, note: see `Claim`; the rule is its `measured`.
+        verdict: a word; or what `judge_presence` or `judge_absence` gave: interval, mark, size and family are then the
+            judgement's, and the reason of a claim that is not testable is its note.
+        row: with the columns `of`, n and n_clusters, and lower and upper unless the verdict is a judgement.
         of: column of the estimate.
+        corrected: how the family of the judgement was corrected, see `Claim`.
     """
+    estimate, n, n_clusters = float(row[of]), int(row["n"]), int(row["n_clusters"])
+    if not isinstance(verdict, Judgement):
+        lower, upper = float(row["lower"]), float(row["upper"])
+        return Claim(name, statement, rule, verdict, estimate, lower, upper, n, n_clusters, note)
+    if verdict.verdict == "not testable":
+        note = "; ".join(text for text in (verdict.reason, note) if text)
     return Claim(
-        name,
-        statement,
-        rule,
-        verdict,
-        float(row[of]),
-        float(row["lower"]),
-        float(row["upper"]),
-        int(row["n"]),
-        int(row["n_clusters"]),
-        note,
-    )
+        name, statement, rule, verdict.verdict, estimate, verdict.lower, verdict.upper, n, n_clusters, note,
+        verdict.mark, verdict.size, verdict.family, corrected,
+    )  # fmt: skip
 
 
 class ClaimsTable:
@@ -157,18 +187,31 @@ class ClaimsTable:
         return pd.DataFrame([asdict(claim) for claim in self], columns=[field.name for field in fields(Claim)])
 
     def markdown(self) -> str:
-        """A markdown table: claim, what was measured, number, verdict; notes below it."""
-        lines = ["| claim | statement | measured | number | verdict |", "|---|---|---|---|---|"]
+        """A markdown table: claim, what was measured, number, smallest effect that could have been seen, verdict; below
+        it which claims are corrected together, and notes."""
+        lines = ["| claim | statement | measured | number | could be seen | verdict |", "|---|---|---|---|---|---|"]
         for claim in self:
-            cells = (claim.name, claim.statement, claim.measured, claim.number, f"**{claim.verdict}**")
+            seen = f"{claim.visible:.3f}" if math.isfinite(claim.visible) else "–"
+            cells = (claim.name, claim.statement, claim.measured, claim.number, seen, f"**{claim.answer}**")
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-        notes = [f"- {claim.name}: {claim.note}" for claim in self if claim.note]
+        notes = [*self._families(), *(f"- {claim.name}: {claim.note}" for claim in self if claim.note)]
         return "\n".join([*lines, *([""] if notes else []), *notes])
 
-    def records(self) -> list[dict[str, Any]]:
-        """One JSON record per claim; NaN as null."""
+    def _families(self) -> list[str]:
+        """One line per family of claims that were corrected together."""
+        members: dict[tuple[int, str], list[str]] = {}
+        for claim in self:
+            if claim.family > 1:
+                members.setdefault((claim.family, claim.corrected), []).append(claim.name)
         return [
-            {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+            f"- Intervals of {', '.join(names)}: {family} claims, {corrected}."
+            for (family, corrected), names in members.items()
+        ]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per claim; a number that is not finite is null."""
+        return [
+            {key: None if value in (math.inf, -math.inf) or value != value else value for key, value in row.items()}
             for row in map(asdict, self)
         ]
 
@@ -176,10 +219,11 @@ class ClaimsTable:
     def from_records(cls, records: Iterable[Mapping[str, Any]]) -> ClaimsTable:
         """The table whose `records` these are."""
         names = [field.name for field in fields(Claim) if field.type == "float"]
-        return cls(
-            Claim(**{key: math.nan if value is None and key in names else value for key, value in record.items()})
+        filled: list[dict[str, Any]] = [
+            {key: math.nan if value is None and key in names else value for key, value in record.items()}
             for record in records
-        )
+        ]
+        return cls(Claim(**record) for record in filled)
 
     def write(self, write: Callable[[str, bytes], Path], name: str = "claims") -> list[Path]:
         """Write `name`.csv, `name`.json (NaN as null) and `name`.md.

@@ -246,7 +246,7 @@ class RunFolder:
         table = pa.concat_tables([self._read(path) for path in paths]).unify_dictionaries().to_pandas()
         for column in table.columns:  # categories in order, so that sorting and equality mean what they say
             if isinstance(table[column].dtype, pd.CategoricalDtype):
-                table[column] = table[column].cat.set_categories(sorted(table[column].cat.categories))
+                table[column] = table[column].cat.set_categories(sorted(map(str, table[column].cat.categories)))
         return table.sort_values(list(sort), kind="stable", ignore_index=True) if sort else table
 
     def _read(self, path: Path) -> pa.Table:
@@ -259,7 +259,7 @@ class RunFolder:
 
 def _typed(name: str, trials: pd.DataFrame | Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     """Columns in the order and with the types of a schema."""
-    given, wanted = set(trials), set(schema.names)
+    given, wanted = set(map(str, trials)), set(schema.names)
     if given != wanted:
         odd = [f"no {column!r}" for column in sorted(wanted - given)]
         odd += [f"{column!r} is not in its schema" for column in sorted(given - wanted)]

@@ -83,18 +83,18 @@ def refuse_other(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
         )
 
 
-def check_out(out: Path, command: str, options: Mapping[str, Any]) -> None:
+def check_out(out: Path | None, command: str, options: Mapping[str, Any]) -> None:
     """Refuse a folder that can be seen to hold another run before the model is loaded.
 
     Args:
-        out: the folder.
+        out: the folder; None: it is not known before the model is.
         command: that wants to write there, without `codi`.
         options: those that are part of the identity, plain JSON values.
 
     Raises:
         ValueError: as `refuse_other`, or the folder's manifest is damaged.
     """
-    if not (out / "manifest.json").exists():
+    if out is None or not (out / "manifest.json").exists():
         return
     old = read_manifest(out)["identity"]
     before = command_of(old)

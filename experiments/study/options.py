@@ -23,17 +23,19 @@ Imports neither torch nor pandas, and nothing that does until `load` is called: 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import tyro
 
 from experiments.tasks import TASK_NAMES
-from lm.terms import Attention, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
+from lm.terms import Attention, ControlText, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
 
 if TYPE_CHECKING:
     from codi import CodiModel
@@ -44,11 +46,12 @@ __all__ = [
     "AnswerOptions",
     "ControlOptions",
     "DrawOptions",
+    "IntervalOptions",
     "ModelOptions",
     "Options",
     "PromptOptions",
     "PublishedPromptOptions",
-    "ResampleOptions",
+    "QuestionOptions",
     "RunOptions",
     "SplitOptions",
     "StatisticsOptions",
@@ -57,6 +60,7 @@ __all__ = [
     "changed",
     "command_line",
     "identity_of",
+    "load_model",
 ]
 
 
@@ -101,6 +105,7 @@ class ModelOptions(Options):
     """Which CODI model, and how it runs. A run's identity has the hash of the weights and the device that was used."""
 
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"model", "device"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"control_text"})
 
     model: str = "checkpoints/tiny"
     """Checkpoint: a folder or a hub id such as bcywinski/codi_llama1b-answer_only."""
@@ -118,6 +123,8 @@ class ModelOptions(Options):
     """Where to compute; auto: CUDA if there is any."""
     dtype: Dtype = "float32"
     """Number format of the model's weights."""
+    control_text: ControlText = "plain"
+    """What the text of a control token (<|eocot|>) means in a question: plain text, or the token itself (published)."""
 
     def load_arguments(self, attention: Attention = "sdpa") -> dict[str, Any]:
         """Arguments of `codi.load_codi`, plain values: a model can be loaded from them in another process."""
@@ -131,28 +138,54 @@ class ModelOptions(Options):
             "rope": self.rope,
             "lora_alpha": self.lora_alpha,
             "attention": attention,
+            "control_text": self.control_text,
         }
 
     def load(self, attention: Attention = "sdpa") -> CodiModel:
-        """The model."""
-        from codi import load_codi
+        """The model; what loading left out or found otherwise is said on standard error."""
+        return load_model(**self.load_arguments(attention))
 
-        return load_codi(**self.load_arguments(attention))
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        if "/" not in self.model and not Path(self.model).expanduser().exists():  # a hub id is owner/name
+            raise ValueError(f"no checkpoint {self.model!r}: no such folder, and a hub id has the form owner/name")
+
+    def known_latents(self) -> int | None:
+        """Latents of the model, read from its folder without loading it; None: the folder does not say."""
+        file = Path(self.model).expanduser() / "codi.json"
+        try:
+            number = json.loads(file.read_text(encoding="utf-8")).get("n_latents")
+        except (OSError, ValueError, AttributeError):  # no folder of ours, or a damaged one: loading it says so
+            return None
+        return number if isinstance(number, int) else None
+
+
+def load_model(**arguments: Any) -> CodiModel:
+    """The model that `ModelOptions.load_arguments` describes; its notes are said on standard error."""
+    from codi import load_codi
+
+    model = load_codi(**arguments)
+    for note in model.notes:
+        print(f"{model.name}: {note}", file=sys.stderr)
+    return model
+
+
+class Bounds(TypedDict):
+    """Which problems of a task: arguments of `load_task` and `load_split`."""
+
+    min_steps: int | None
+    max_steps: int | None
+    reach: int | None
 
 
 @dataclass(frozen=True)
-class TaskOptions(Options):
-    """Which prompts are asked."""
+class QuestionOptions(Options):
+    """Where questions come from."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 1}
     LATER: ClassVar[frozenset[str]] = frozenset({"reach"})
-    TASK_WORDS: ClassVar[tuple[str, ...]] = ()
-    """Words that a command takes as a task beside those that every command takes."""
 
     task: str = "templates"
-    """Evaluation prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
-    limit: int | None = 160
-    """Number of evaluation prompts (a seeded choice); None: all."""
+    """Task of the prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
     min_steps: int | None = None
     """Only problems of at least this many steps; None: no bound. Not used for templates."""
     max_steps: int | None = None
@@ -173,20 +206,35 @@ class TaskOptions(Options):
         return self.task
 
     @property
-    def bounds(self) -> dict[str, int | None]:
-        """min_steps, max_steps and reach as `load_task` and `load_split` take them."""
+    def chosen_task(self) -> str:
+        """The task that is loaded; a command may have a default of its own where none is named."""
+        return self.task
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds on steps and values; none for templates."""
         if self.task == "templates":  # one set of three steps each
             return {"min_steps": None, "max_steps": None, "reach": None}
         return {"min_steps": self.min_steps, "max_steps": self.max_steps, "reach": self.reach}
 
     def check_inputs(self) -> None:
         super().check_inputs()
-        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", self.task)
-        known = self.task in (*TASK_NAMES, *self.TASK_WORDS)
-        if not known and not hub_id and not Path(self.task).exists():
+        task = self.chosen_task
+        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", task)
+        if task not in TASK_NAMES and not hub_id and not Path(task).exists():
             from experiments.tasks.readers import TASK_HELP
 
-            raise ValueError(f"unknown task {self.task!r}: no such file or folder; {TASK_HELP}")
+            raise ValueError(f"unknown task {task!r}: no such file or folder; {TASK_HELP}")
+
+
+@dataclass(frozen=True)
+class TaskOptions(QuestionOptions):
+    """Which prompts are asked, and how many."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 1}
+
+    limit: int | None = 160
+    """Number of evaluation prompts (a seeded choice); None: all."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +244,12 @@ class SplitOptions(TaskOptions):
     split: str = "test"
     """Split of the task: train, derivation or test of a generated task (templates also has all); that of a folder or
     hub data set (published: the one that the published evaluation reads). Not used for a single file."""
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        from experiments.tasks import check_split
+
+        check_split(self.task, self.split)
 
     def load_problems(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
         """The prompts as the evaluation side of a split without a derivation side.
@@ -271,8 +325,8 @@ class PublishedPromptOptions(PromptOptions):
 class RunOptions(Options):
     """Where a run is written, its seed, and how much is computed at once."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size"})
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1, "threads": 0}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size", "threads"})
 
     out: Path = Path("runs/study")
     """Run folder. One that holds the same run is continued; one that holds another run is refused."""
@@ -280,6 +334,8 @@ class RunOptions(Options):
     """Seed of prompts, draws and statistics."""
     batch_size: int = 256
     """Rows computed at once."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice."""
 
     def check_inputs(self) -> None:
         super().check_inputs()
@@ -300,11 +356,11 @@ class AnswerOptions(Options):
 
 
 @dataclass(frozen=True)
-class ResampleOptions(Options):
-    """How intervals are computed from the trials, for studies without permutation tests."""
+class IntervalOptions(Options):
+    """How intervals are computed from the trials."""
 
     AT_LEAST: ClassVar[Mapping[str, float]] = {"resamples": 100}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"resamples", "level"})  # the trials stay the same
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"resamples", "level"})  # trials stay the same
 
     resamples: int = 2000
     """Bootstrap resamples of clusters behind every interval."""
@@ -324,7 +380,7 @@ class ResampleOptions(Options):
 
 
 @dataclass(frozen=True)
-class StatisticsOptions(ResampleOptions):
+class StatisticsOptions(IntervalOptions):
     """How intervals and p-values are computed from the trials."""
 
     AT_LEAST: ClassVar[Mapping[str, float]] = {"permutations": 100}

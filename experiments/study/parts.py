@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 import pandas as pd
 import pyarrow as pa
 
+from experiments.study.progress import Bar, no_bar
 from experiments.tasks.split import Split
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Workbench:
         prompts: evaluation and derivation prompts.
         recipe: how another process makes this workbench; None: it cannot (the model was handed over in memory).
         advance: called with the number of rows that were just made.
+        bar: makes the progress bars of long steps.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class Workbench:
         prompts: Split,
         recipe: Recipe | None = None,
         advance: Callable[[int], object] = lambda rows: None,
+        bar: Bar = no_bar,
     ) -> None:
-        self.model, self.prompts, self.recipe, self.advance = model, prompts, recipe, advance
+        self.model, self.prompts, self.recipe, self.advance, self.bar = model, prompts, recipe, advance, bar
         self._made: dict[tuple[Any, ...], Any] = {}
 
     def once(self, make: Callable[Concatenate[Workbench, P], T], *arguments: P.args, **options: P.kwargs) -> T:
@@ -77,10 +80,20 @@ class Workbench:
             make: function of a module; its name and arguments are what the result is found by.
             *arguments, **options: values that can be hashed.
         """
-        key = (make.__module__, make.__qualname__, arguments, tuple(sorted(options.items())))
+        key = _key(make, arguments, options)
         if key not in self._made:
             self._made[key] = make(self, *arguments, **options)
         return self._made[key]
+
+    def put(
+        self, value: T, make: Callable[Concatenate[Workbench, P], T], *arguments: P.args, **options: P.kwargs
+    ) -> None:
+        """Give what `once` would compute from the same function and arguments, such as means that a run folder has."""
+        self._made[_key(make, arguments, options)] = value
+
+
+def _key(make: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (make.__module__, make.__qualname__, arguments, tuple(sorted(options.items())))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class Section:
 
     def markdown(self) -> str:
         """The section as it is printed."""
-        return f"**{self.heading}.** {self.text}" if self.heading else self.text
+        end = "" if self.heading.endswith("?") else "."
+        return f"**{self.heading}{end}** {self.text}" if self.heading else self.text
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ import pandas as pd
 
 from experiments.study.claims import ClaimsTable
 from experiments.study.folder import RunFolder, open_run
-from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of
+from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of, load_model
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
+from experiments.study.progress import no_bar, progress
 from experiments.study.result import FigureFiles, Result, Section
 from experiments.tasks.split import Split
 from lm.terms import Attention
@@ -33,7 +34,16 @@ if TYPE_CHECKING:
 
     from codi import CodiModel
 
-__all__ = ["Findings", "Study", "fill", "read_trials", "run_study", "study_identity", "to_stderr"]
+__all__ = [
+    "Findings",
+    "Study",
+    "fill",
+    "read_trials",
+    "run_study",
+    "study_identity",
+    "to_stderr",
+    "write_result",
+]
 
 FORMAT = 1
 """Of a study's run folder; part of a run's identity."""
@@ -130,7 +140,7 @@ def run_study(
         options: its options.
         model: already loaded as the options say, with the study's attention; None: it is loaded.
         prompts: already loaded; None: they are loaded.
-        say: called with lines for a person; None: they are dropped.
+        say: called with lines for a person; None: they are dropped, and no progress bar is shown.
         executor: computes the parts that are missing.
 
     Raises:
@@ -138,6 +148,7 @@ def run_study(
         OSError: the folder cannot be written.
     """
     assert isinstance(options, ModelOptions), f"codi {study.name}: its options lack the group ModelOptions"
+    bar = no_bar if say is None else progress
     say = say or (lambda line: None)
     handed_over = model is not None
     if model is None:
@@ -146,8 +157,8 @@ def run_study(
         prompts = study.prompts(options, model.protocol.question_suffix)
     plan = study.plan(options, model, prompts)
     parts = study.parts(plan)
-    recipe = None if handed_over else Recipe(_load, options.load_arguments(study.attention), prompts)
-    bench = Workbench(model, prompts, recipe)
+    recipe = None if handed_over else Recipe(load_model, options.load_arguments(study.attention), prompts)
+    bench = Workbench(model, prompts, recipe, bar=bar)
     identity = (study.identity or study_identity)(options, model, prompts)
     everyone = (*prompts.evaluation, *([] if prompts.evaluation else prompts.derivation))
     about = f"{len(everyone)} prompts in {len({p.cluster or p.prompt_id for p in everyone})} clusters"
@@ -158,26 +169,7 @@ def run_study(
             say(f"\ninterrupted; finished parts are in {options.out}, the same command goes on from them")
             raise
         findings = study.conclude(plan, read_trials(folder, parts))
-        figures = _write(folder, findings)
-        result = Result(
-            study=study.name,
-            title=study.title,
-            command=command_line(options),
-            model=model.name,
-            path=folder.path,
-            sections=tuple(findings.sections),
-            tables=dict(findings.tables),
-            figures=figures,
-            claims=findings.claims,
-        )
-        result.write(folder.write)
-    return result
-
-
-def _load(**arguments: Any) -> CodiModel:
-    from codi import load_codi
-
-    return load_codi(**arguments)
+        return write_result(folder, findings, options, study.title, model.name)
 
 
 def fill(
@@ -213,6 +205,31 @@ def read_trials(folder: RunFolder, parts: Sequence[Part]) -> dict[str, pd.DataFr
     for part in parts:
         tables.setdefault(part.belongs_to, []).append(part.name)
     return {name: folder.read_parts(members) for name, members in tables.items()}
+
+
+def write_result(folder: RunFolder, findings: Findings, options: RunOptions, title: str, model: str) -> Result:
+    """Write what was found into an open run folder, result.json last.
+
+    Args:
+        folder: open.
+        findings: tables, figures, claims and words.
+        options: of the command.
+        title: of the result, without the model's name.
+        model: its name.
+    """
+    result = Result(
+        study=options.COMMAND,
+        title=title,
+        command=command_line(options),
+        model=model,
+        path=folder.path,
+        sections=tuple(findings.sections),
+        tables=dict(findings.tables),
+        figures=_write(folder, findings),
+        claims=findings.claims,
+    )
+    result.write(folder.write)
+    return result
 
 
 def _write(folder: RunFolder, findings: Findings) -> tuple[FigureFiles, ...]:

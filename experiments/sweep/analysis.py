@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
-from experiments.sweep.cells import cell_statistics, control_statistics
-from experiments.sweep.pairing import families
+from experiments.study.edits.cells import cell_statistics, control_statistics
+from experiments.study.edits.pairing import families
 from experiments.sweep.structure import (
     marginal_effects,
     rank_consistency,

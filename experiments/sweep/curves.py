@@ -88,7 +88,9 @@ def _random_band(axes: Axes, view: View, latent: int) -> None:
     for column in ("draw_lower", "draw_upper", "accuracy"):
         values = random[column].to_numpy() - base
         sides.append(np.concatenate([values[::-1], [0.0], values]))
-    band(axes, np.concatenate([-sizes[::-1], [0.0], sizes]), sides[0], sides[1], mean=sides[2])
+    x = np.concatenate([-sizes[::-1], [0.0], sizes])
+    lower, upper, middle = (side.tolist() for side in sides)
+    band(axes, x.tolist(), lower, upper, mean=middle)
 
 
 def _draw_curves(axes: Axes, view: View, cells: pd.DataFrame, chosen: list[tuple[int, int]]) -> None:

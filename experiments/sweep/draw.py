@@ -17,22 +17,21 @@ What it does not know: how a figure is drawn (heatmaps.py, curves.py) or a numbe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from experiments.figures.style import DPI, FORMATS, check_formats, save
 from experiments.study.folder import RunFolder
+from experiments.study.result import FILE
 from experiments.sweep.analysis import Analysis, analyse
-from experiments.sweep.recompute import Overrides, load_trials, settings_of
+from experiments.sweep.options import PlotOptions
+from experiments.sweep.recompute import load_trials, report, settings_of
 from experiments.sweep.views import View, views
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PlotConfig", "draw", "figures", "main"]
+__all__ = ["draw", "figures", "main"]
 
 
 def figures(view: View) -> Iterator[tuple[str, Figure]]:
@@ -93,28 +92,15 @@ def _notes(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-@dataclass(frozen=True)
-class PlotConfig:
-    """Draw the figures of a run folder from its trials, as PNG and PDF in RUN/figures."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder of `codi sweep` (it holds trials/part-*.parquet)."""
-    dpi: int = DPI
-    """Dots per inch of the PNG files."""
-    settings: Annotated[Overrides, tyro.conf.arg(name="")] = field(default_factory=Overrides)
-
-    def __post_init__(self) -> None:
-        if not 50 <= self.dpi <= 1200:
-            raise ValueError(f"dpi must be in 50..1200, got {self.dpi}")
-
-
-def main(config: PlotConfig) -> None:
-    """Analyse, draw, say which files."""
-    trials = load_trials(config.run)
-    analysis = analyse(trials, settings_of(config.run, config.settings))
-    written = draw(analysis, config.run, dpi=config.dpi)
+def main(options: PlotOptions) -> None:
+    """Analyse, draw, say which files; result.json then names them too, if the folder has its tables."""
+    trials = load_trials(options.run)
+    analysis = analyse(trials, settings_of(options.run, options))
+    written = draw(analysis, options.run, dpi=options.dpi)
+    if (options.run / FILE).exists() and not options.given:
+        report(analysis, options.run)
     if not written:
-        print(f"nothing to draw: {config.run} holds no direction cells")
+        print(f"nothing to draw: {options.run} holds no direction cells")
     for path in written:
         print(path)
 

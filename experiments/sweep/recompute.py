@@ -1,9 +1,9 @@
 """`codi stats`: the tables of a run folder, made again from its trials alone.
 
 What it does: reads the trials of a sweep, computes every table with the settings of the folder or with those given,
-writes them beside the trials and prints the summary.
+writes them beside the trials, writes result.json and prints the summary.
 
-What it does not know: how a number is computed (cells.py, structure.py), models.
+What it does not know: how a number is computed (analysis.py, experiments/study/edits), models.
 
 How to run: `codi stats RUN` or `python -m experiments.sweep.recompute RUN`.
 """
@@ -12,30 +12,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
-import tyro
 
 from experiments.statistics.clusters import Settings
+from experiments.study.edits.trials import read_trials
 from experiments.study.folder import RunFolder
+from experiments.study.options import command_line
+from experiments.study.result import FigureFiles, Result
 from experiments.sweep.analysis import Analysis, analyse
-from experiments.sweep.summary import summary
-from experiments.sweep.trials import read_trials
+from experiments.sweep.options import SettingOptions, StatsOptions, SweepOptions, check_run
+from experiments.sweep.summary import figure_paths, sections, summary
+from experiments.sweep.views import captions, views
 
-__all__ = ["Overrides", "StatsConfig", "load_trials", "main", "settings_of", "write"]
+__all__ = ["load_trials", "main", "report", "settings_of", "write"]
+
+TABLES = ("controls", "marginals", "correlations", "consistency", "variance", "symmetry")
+"""Tables of an analysis beside its cells."""
 
 
 def load_trials(run: Path) -> pd.DataFrame:
     """The trial table of a run folder.
 
     Raises:
-        ValueError: no folder, a folder without trials, a damaged part.
+        ValueError: no folder, a folder of another command or without trials, a damaged part.
     """
-    if not run.is_dir():
-        raise ValueError(f"no run folder {str(run)!r}")
+    check_run(run)
     return read_trials(run)
 
 
@@ -47,29 +52,13 @@ def write(analysis: Analysis, run: Path) -> list[Path]:
         folder.write("cells.csv", analysis.cells.to_csv(index=False).encode()),
         folder.write_json("statistics/settings.json", dataclasses.asdict(analysis.settings)),
     ]
-    for name in ("controls", "marginals", "correlations", "consistency", "variance", "symmetry"):
+    for name in TABLES:
         table: pd.DataFrame = getattr(analysis, name)
         written.append(folder.write(f"statistics/{name}.csv", table.to_csv(index=False).encode()))
     return written
 
 
-@dataclass(frozen=True)
-class Overrides:
-    """Settings given on the command line; what is not given stays as it was in the run folder."""
-
-    resamples: int | None = None
-    """Bootstrap resamples of clusters behind every interval. None: as before in this folder, else 2000."""
-    permutations: int | None = None
-    """Sign flips behind the family-wise p, permutations behind rank consistency. None: as before, else 5000."""
-    level: float | None = None
-    """Coverage of the intervals, a fraction. None: as before, else 0.95."""
-    alpha: float | None = None
-    """Level at which a corrected p-value counts, a fraction. None: as before, else 0.05."""
-    seed: int | None = None
-    """Seed of resamples and permutations: same trials and settings, same tables. None: as before, else 0."""
-
-
-def settings_of(run: Path, given: Overrides | None = None) -> Settings:
+def settings_of(run: Path, given: SettingOptions | None = None) -> Settings:
     """The settings of a run folder's statistics (statistics/settings.json, if any) with what is given in their place.
 
     Raises:
@@ -83,25 +72,52 @@ def settings_of(run: Path, given: Overrides | None = None) -> Settings:
             Settings(**stored)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it to go back to the defaults") from error
-    changed = {name: value for name, value in vars(given or Overrides()).items() if value is not None}
-    return Settings(**(stored | changed))
+    return Settings(**(stored | (given.given if given is not None else {})))
 
 
-@dataclass(frozen=True)
-class StatsConfig:
-    """Recompute the statistics of a run folder from its trials alone, write them there and print a summary."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder of `codi sweep` (it holds trials/part-*.parquet)."""
-    settings: Annotated[Overrides, tyro.conf.arg(name="")] = field(default_factory=Overrides)
+# --- The result -------------------------------------------------------------------------------------------------------
 
 
-def main(config: StatsConfig) -> None:
+def report(analysis: Analysis, run: Path) -> str:
+    """Write result.json and summary.md of a run folder whose tables are written; the text is what is printed."""
+    folder = RunFolder(run)
+    manifest = folder.manifest() if folder.manifest_path.exists() else {}
+    said = {name: caption for view in views(analysis) for name, caption in captions(view).items()}
+    figures = [
+        FigureFiles(path.stem, (f"figures/{path.name}", f"figures/{path.stem}.pdf"), said[path.stem])
+        for path in figure_paths(run)
+        if path.stem in said
+    ]
+    Result(
+        study="sweep",
+        title="Steering sweep",
+        command=_command(manifest.get("config", {}), run),
+        model=Path(str(manifest.get("model", "unknown"))).name,
+        path=run,
+        sections=tuple(sections(analysis)),
+        tables={"cells": analysis.cells, **{f"statistics/{name}": getattr(analysis, name) for name in TABLES}},
+        figures=tuple(figures),
+    ).write(folder.write)
+    return summary(analysis, run=run)
+
+
+def _command(config: Mapping[str, Any], run: Path) -> str:
+    """The command that made a run, from the options in its manifest."""
+    names = {field.name: field for field in dataclasses.fields(SweepOptions)}
+    given: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in names and value is not None:
+            paths = name in ("out", "prompts")
+            given[name] = Path(value) if paths else tuple(value) if isinstance(value, list) else value
+    return command_line(SweepOptions(**(given | {"out": run})))
+
+
+def main(options: StatsOptions) -> None:
     """Read the trials, write the tables, print the summary."""
-    trials = load_trials(config.run)
-    analysis = analyse(trials, settings_of(config.run, config.settings))
-    write(analysis, config.run)
-    print(summary(analysis, run=config.run))
+    trials = load_trials(options.run)
+    analysis = analyse(trials, settings_of(options.run, options))
+    write(analysis, options.run)
+    print(report(analysis, options.run))
 
 
 if __name__ == "__main__":

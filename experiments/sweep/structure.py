@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from experiments.statistics.clusters import Settings, expanded_percentile, resampled_ratio
-from experiments.sweep.pairing import FAMILY, Family, as_families
+from experiments.study.edits.pairing import FAMILY, Family, as_families
 
 __all__ = ["marginal_effects", "rank_consistency", "rank_correlations", "sign_symmetry", "variance_shares"]
 

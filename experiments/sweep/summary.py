@@ -17,11 +17,12 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.statistics.words import p_number
+from experiments.study.edits.pairing import FAMILY
+from experiments.study.result import Section
 from experiments.sweep.analysis import Analysis
-from experiments.sweep.pairing import FAMILY
 from lm.terms import PAIR_CONTROLS, PATCH_CONTROLS
 
-__all__ = ["CONTROL_NAMES", "cell_name", "family_name", "figure_paths", "number", "percent", "summary"]
+__all__ = ["CONTROL_NAMES", "cell_name", "family_name", "figure_paths", "number", "percent", "sections", "summary"]
 
 #: how the controls are called where a person reads them
 CONTROL_NAMES = {
@@ -75,12 +76,25 @@ def summary(analysis: Analysis, run: Path | None = None, *, shown: int = 3) -> s
         Markdown without a trailing newline.
     """
     lines = [f"# Steering sweep{f': {run}' if run else ''}"]
-    families = analysis.controls[list(FAMILY)].drop_duplicates().itertuples(index=False)
-    for space, part, timing in families:
-        lines += ["", f"## {family_name(space, part, timing)}", "", *_family(analysis, space, part, timing, shown)]
+    for section in sections(analysis, shown):
+        lines += ["", f"## {section.heading}", "", section.text]
     if run is not None:
         lines += ["", *_files(run)]
     return "\n".join(lines)
+
+
+def sections(analysis: Analysis, shown: int = 3) -> list[Section]:
+    """One section per family, with its name as heading.
+
+    Args:
+        analysis: from `analysis.analyse`.
+        shown: how many of the best and worst cells to name per family.
+    """
+    families = analysis.controls[list(FAMILY)].drop_duplicates().itertuples(index=False)
+    return [
+        Section("\n".join(_family(analysis, space, part, timing, shown)), family_name(space, part, timing))
+        for space, part, timing in families
+    ]
 
 
 def _of(table: pd.DataFrame, space: str, part: str, timing: str) -> pd.DataFrame:

@@ -16,11 +16,11 @@ import pandas as pd
 from experiments.figures.heatmap import Scale
 from experiments.figures.style import DIVERGING
 from experiments.statistics.clusters import Settings
+from experiments.study.edits.pairing import FAMILY
 from experiments.sweep.analysis import Analysis
-from experiments.sweep.pairing import FAMILY
-from experiments.sweep.summary import family_name
+from experiments.sweep.summary import family_name, number
 
-__all__ = ["View", "pair_name", "views"]
+__all__ = ["View", "captions", "pair_name", "views"]
 
 _WHEN = {
     "early-exit": "Early exit: the baseline at latent k is the unsteered answer after k latents.",
@@ -112,6 +112,31 @@ def views(analysis: Analysis, notes: Sequence[str] = ()) -> list[View]:
             here = (table["space"] == space) & (table["part"] == part) & (table["timing"] == timing)
             tables[name] = table[here].reset_index(drop=True)
         found.append(View(space, part, timing, **tables, settings=analysis.settings, notes=tuple(notes)))
+    return found
+
+
+_EACH_SIZE = {
+    "accuracy": "Accuracy by pair and edited latent, c = +{c}; baseline and controls below",
+    "difference": "Difference from the baseline by pair and edited latent, c = +{c}; corrected significance marked",
+    "grids": "Difference from the baseline, A × B at each edited latent, c = +{c}",
+}
+_ONCE = {
+    "coefficients": "Effect against coefficient, with the band of single random directions",
+    "rank-consistency": "Do the same pairs come out best at every position?",
+    "marginals": "Mean effect of A and of B, over all positions and at each",
+    "variance": "What the effects depend on: pair, position, both, or which prompts were drawn",
+    "signs": "Effect at +c against effect at −c",
+}
+
+
+def captions(view: View) -> dict[str, str]:
+    """Name of every figure that a view may have -> what it shows, in one line; the names are those of its files."""
+    found = {}
+    for size in view.sizes:
+        for kind, text in _EACH_SIZE.items():
+            found[f"{view.slug}-{kind}-c{size:g}"] = f"{text.format(c=number(size))}: {view.title}."
+    for kind, text in _ONCE.items():
+        found[f"{view.slug}-{kind}"] = f"{text}{'' if text.endswith('?') else ':'} {view.title}."
     return found
 
 

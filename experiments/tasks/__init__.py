@@ -17,6 +17,7 @@ __all__ = [
     "Problem",
     "STEPS_HELP",
     "TASK_NAMES",
+    "check_split",
     "extract_answer",
     "is_correct",
     "load_task",
@@ -26,6 +27,8 @@ __all__ = [
 
 TASK_NAMES = ("arithmetic", "templates")
 """The generated tasks; everything else is a path or a hub id."""
+GENERATED_SPLITS = {"arithmetic": ("train", "derivation", "test"), "templates": ("test", "derivation", "all")}
+"""Splits that the generators make."""
 ARITHMETIC_COUNT = 1000
 """Problems of task "arithmetic", which is endless, when no limit is given."""
 
@@ -94,6 +97,26 @@ def load_task(
         if limit is not None and limit < len(problems):
             problems = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
     return with_suffix(problems, suffix)
+
+
+def check_split(task: str, split: str) -> None:
+    """Refuse a split that can be seen not to be there, before anything is read.
+
+    Args:
+        task: as `load_task` takes it; of a hub data set, and of a folder that holds one, only reading tells.
+        split: that is asked for.
+
+    Raises:
+        ValueError: the task has no such split.
+    """
+    if task in GENERATED_SPLITS:
+        if split not in GENERATED_SPLITS[task]:
+            allowed = ", ".join(GENERATED_SPLITS[task])
+            raise ValueError(f"split must be one of {allowed} for the task {task!r}, got {split!r}")
+        return
+    from experiments.tasks.readers import check_file_split
+
+    check_file_split(task, split)
 
 
 def with_suffix(problems: list[Problem], suffix: str) -> list[Problem]:

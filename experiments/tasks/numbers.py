@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -58,7 +58,8 @@ _ONE_LETTER = re.compile(f"[{_LETTER}]")
 _ONE_VULGAR = re.compile(f"[{_VULGAR}]")
 _OPENING, _CLOSING = re.compile(rf"\s*\{{\s*(?P<sign>[{_MINUS}+]?)"), re.compile(r"\s*\}")
 _BRACE = re.compile(r"[{}]")
-_MARKER = re.compile(r"\\f?boxed\s*\{|(?<!#)####(?!#)")
+_BOX = re.compile(r"\\f?boxed\s*\{")
+_MARKER = re.compile(rf"{_BOX.pattern}|(?<!#)####(?!#)")
 
 _L = r"[^\W\d_]"
 _ONE_UNIT = rf"{_L}+(?:\^?[{_MINUS}]?\d|[\u00b2\u00b3])?"
@@ -152,20 +153,28 @@ def answer_in(text: str, decimal_comma: bool = False) -> Number | None:
             close = _closing(text, marker.end())
             inside = [number for number in numbers if marker.end() <= number.start and number.end <= close]
             if inside:
-                return inside[-1]
+                number = inside[-1]
+                if number.value is not None and _has_sign(text, marker.start()):
+                    return replace(number, value=-number.value)
+                return number
     return numbers[-1]
 
 
 def read_number(text: str, decimal_comma: bool = False) -> Fraction:
     """The number that a field holds, alone or with a currency, a percent sign or one unit.
 
-    Whatever this reads, `answer_in` reads as the same number.
+    Of a longer text the field is what stands after its last "####", and of that what stands in its last box. Whatever
+    this reads, `answer_in` reads as the same number.
 
     Raises:
         ValueError: the field holds no number, several, or more than a number; the message says what is wrong with it
             (no field, file or record is named: that is for the caller).
     """
-    field = text.rsplit("####", 1)[-1]
+    field, negative = text.rsplit("####", 1)[-1], False
+    if boxes := list(_BOX.finditer(field)):
+        box = boxes[-1]
+        negative = _has_sign(field, box.start())
+        field = field[box.end() : _closing(field, box.end())]
     numbers = find_numbers(field, decimal_comma)
     if not numbers:
         raise ValueError("there is no number in it")
@@ -179,20 +188,16 @@ def read_number(text: str, decimal_comma: bool = False) -> Fraction:
         raise ValueError(f"there are {len(numbers)} numbers in it")
     number = numbers[0]
     before, after = field[: number.start].strip(" \t\r\n$*"), field[number.end :]
-    if boxed := re.fullmatch(r"\\f?boxed\s*\{[\s$]*", before):
-        before = before[boxed.end() :]
     unit = _UNIT.match(after)
     word = (unit["apart"] or unit["close"] or "") if unit else ""
     if word.lower() in _NO_UNITS or word in ("M", "B", "T"):
         raise ValueError(f"{word!r} after the number may change it: write the number in digits")
     rest = after[unit.end() if unit else 0 :].strip(" \t\r\n$*.")
-    if boxed and rest[:1] == "}":
-        rest = rest[1:].strip(" \t\r\n$*.")
     if before not in ("", "%") or rest:
         raise ValueError("there is more than a number in it")
     if number.value is None:
         raise OutOfRange("the number is too large or too small")
-    return number.value
+    return -number.value if negative else number.value
 
 
 def as_number(value: Fraction) -> int | float:
@@ -387,6 +392,13 @@ def _is_sign(text: str, place: int) -> bool:
     if text[place] in _DASHES:
         return not text[max(0, place - 8) : place].rstrip(" \t\u00a0")[-1:].isdigit()
     return True
+
+
+def _has_sign(text: str, place: int) -> bool:
+    """Whether what begins here (a box) has a minus before it."""
+    before = len(text[max(0, place - 8) : place].rstrip(" $"))
+    sign = max(0, place - 8) + before - 1
+    return before > 0 and text[sign] in _MINUS and _is_sign(text, sign)
 
 
 def _closing(text: str, begin: int) -> int:

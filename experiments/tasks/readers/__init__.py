@@ -47,7 +47,16 @@ from experiments.tasks.readers.files import FILE_TYPES, read_placed, split_files
 from experiments.tasks.readers.hub import HUB_DEFAULTS, TASK_HELP, named, read_hub
 from experiments.tasks.readers.records import problems_of, unique
 
-__all__ = ["FILE_TYPES", "HUB_DEFAULTS", "TASK_HELP", "equation_steps", "read_file", "read_hub", "read_problems"]
+__all__ = [
+    "FILE_TYPES",
+    "HUB_DEFAULTS",
+    "TASK_HELP",
+    "check_file_split",
+    "equation_steps",
+    "read_file",
+    "read_hub",
+    "read_problems",
+]
 
 FILE_SPLITS = ("test", "train", "derivation", "all", "published")
 """What may be asked of a single file, which has no splits: the splits that commands ask for by default."""
@@ -73,14 +82,26 @@ def read_problems(source: str, split: str = "test", decimal_comma: bool = False)
     if path.is_dir() or Path(named(str(path))[0]).is_dir():
         return read_hub(str(path), split, decimal_comma)
     if path.exists():
-        if split not in FILE_SPLITS:
-            raise ValueError(f"{source}: a single file has no split {split!r}, it is read whole: leave --split out")
+        check_file_split(source, split)
         return read_file(path, decimal_comma)
     if type_of(path) in FILE_TYPES or path.is_absolute() or source.startswith((".", "~")):
         raise ValueError(f"no such file: {source}; {TASK_HELP}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
         return read_hub(source, split, decimal_comma)
     raise ValueError(f"unknown task {source!r}; {TASK_HELP}")
+
+
+def check_file_split(source: str, split: str) -> None:
+    """Refuse a split that a file, or a folder of text files, does not have; what only reading tells is let pass.
+
+    Raises:
+        ValueError: no such split.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        split_files(path, split)
+    elif path.exists() and split not in FILE_SPLITS:
+        raise ValueError(f"{source}: a single file has no split {split!r}, it is read whole: leave --split out")
 
 
 def read_file(path: str | Path, decimal_comma: bool = False) -> list[Problem]:

@@ -181,7 +181,7 @@ def _answer(
             continue
         if isinstance(value, str):
             _whole(value, where, name)
-            if name in _TEXT_ONLY and "####" not in value:
+            if name in _TEXT_ONLY and "####" not in value and "boxed" not in value:
                 continue
         elif isinstance(value, list | tuple) and len(value) == 1:
             value = value[0]

@@ -45,7 +45,7 @@ from experiments.statistics.paired import (
     mcnemar_p,
     sign_flip_p,
 )
-from experiments.sweep.pairing import FAMILY, Family, as_families, mirror
+from experiments.study.edits.pairing import FAMILY, Family, as_families, mirror
 from lm.terms import PAIR_CONTROLS, PATCH_CONTROLS
 
 __all__ = ["CELL_COLUMNS", "cell_statistics", "control_statistics"]

@@ -1,4 +1,4 @@
-"""The trial table of a sweep: its columns, the order of its rows, and where it is read.
+"""The trial table of edits on a grid: its columns, the order of its rows, and where it is read.
 
 One row = one prompt × one condition. Knows nothing about models or statistics.
 """

@@ -1,7 +1,7 @@
-"""The trial table of a sweep, paired with its baseline: one row per edit, sums of answers per cluster of prompts.
+"""Trials of a grid of edits, paired with their baseline: one row per edit, sums of answers per cluster of prompts.
 
 What it does: `families` pairs every trial with the unsteered answer of the same prompt and sums by cluster; every table
-of a sweep starts from that. `mirror` gives each edit under both of its names.
+of cells starts from that. `mirror` gives each edit under both of its names.
 
 What it does not know: how an effect is tested, figures, files.
 

@@ -1,0 +1,1 @@
+"""How often a model is right: options, the study, and accuracy with intervals."""

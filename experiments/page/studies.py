@@ -1,0 +1,50 @@
+"""The studies that `codi findings` runs and shows: how each is called, and what of it is on the page. Data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["STUDIES", "Entry"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One study as it is called, and what of it is shown.
+
+    Attributes:
+        name: folder of its results under `--out`, and its name for `--only`.
+        command: the words after `codi`; options may follow.
+        question: one line for the page.
+        figures: names of the figures that are shown, in this order.
+        reads: option that names a folder which another study wrote, and that study.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    question: str
+    figures: tuple[str, ...] = ()
+    reads: tuple[str, str] | None = None
+
+    @property
+    def words(self) -> str:
+        """The command without options."""
+        return " ".join(self.command[: next((i for i, w in enumerate(self.command) if w.startswith("-")), None)])
+
+
+LENS = ("--lens", "lens")
+STUDIES: tuple[Entry, ...] = (
+    Entry("lens", ("lens", "train"), "Tuned lenses for every latent × layer: held-out KL.", ("held_out",)),
+    Entry("lens-show", ("lens", "show"), "What the lenses read in one prompt.", ("heatmap",), LENS),
+    Entry("lens-detect", ("lens", "detect"), "Are intermediate values and answers readable?", ("detection",), LENS),
+    Entry("lens-transfer", ("lens", "transfer"), "Lenses of latents on text tokens, and back.", ("transfer",), LENS),
+    Entry("lens-difference", ("lens", "difference"), "The lens on differences of latents.", (), LENS),
+    Entry("lens-causal", ("lens", "causal"), "Does the model use what the lens reads?", ("causal",), LENS),
+    Entry("alternation", ("alternation",), "Do even latents store and odd latents compute?", ("alternation",)),
+    Entry("probes", ("probes",), "What a linear map reads.", ("probes",)),
+    Entry("necessity", ("necessity",), "Which latents the answer needs.", ("necessity",)),
+    Entry("patch", ("patch",), "Which latents move the answer, and where to.", ("means", "values", "interchange")),
+    Entry("transfer", ("transfer",), "Do latents carry the prompt?", ("transfer",)),
+    Entry("anchors", ("anchors",), "Which latent the answer hangs on, who reads whom.", ("importance", "dependencies")),
+    Entry("early-exit", ("early-exit",), "Answering after each latent.", ("early-exit",)),
+    Entry("pca", ("pca",), "Components, and where each edit's effect goes.", ("components", "where")),
+)

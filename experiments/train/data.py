@@ -1,0 +1,91 @@
+"""Training problems: those of each step as a pure function of seed and step, dealt out to processes and micro-batches.
+
+Knows nothing about models but the sentence that a checkpoint expects after a question.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+
+from codi.model import CodiModel
+from experiments.tasks import arithmetic, load_task
+from experiments.tasks.problem import Problem
+from experiments.train.options import ENDLESS, Resolved
+from lm.errors import UserError
+
+__all__ = ["Text", "load_data", "micro_batches", "problems_of_step", "text_of"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A training problem as codi.training reads it."""
+
+    question: str
+    chain: str
+    answer_text: str
+
+
+def text_of(problem: Problem, style: str, last_step: bool = True) -> Text:
+    """A problem as it is trained on; the last equation of the chain can be left out."""
+    problem = problem if last_step else replace(problem, steps=problem.steps[:-1])
+    answer = format(Decimal(str(problem.answer)), "f")  # never 1e+06
+    return Text(problem.question, problem.chain, answer if style == "number" else f"The answer is: {answer}")
+
+
+def load_data(config: Resolved, model: CodiModel) -> tuple[list[Problem] | None, list[Problem], int]:
+    """Training problems (None: the endless generator), held-out problems and the number of distillation steps."""
+    if config.data == ENDLESS:
+        return None, arithmetic.generate(config.eval_problems, seed=1, split="test", min_steps=3), config.steps
+    problems = [
+        p
+        for p in load_task(config.data, split="train", seed=config.seed, suffix=model.protocol.question_suffix)
+        if p.steps
+    ]
+    if len(problems) <= config.eval_problems + config.batch_size:
+        raise UserError(
+            f"{config.data} has {len(problems)} problems with written chains, "
+            f"{config.eval_problems + config.batch_size + 1} are needed (see --eval-problems, --batch-size)"
+        )
+    random.Random(config.seed).shuffle(problems)
+    held_out, problems = problems[: config.eval_problems], problems[config.eval_problems :]
+    n_steps = round(config.epochs * (len(problems) // config.batch_size)) or 1 if config.epochs else config.steps
+    return problems, held_out, n_steps
+
+
+def problems_of_step(
+    config: Resolved, data: Sequence[Problem] | None, stage: str, step: int, n_steps: int
+) -> list[Problem]:
+    """The batch of one step: a pure function of its arguments."""
+    if data is None:
+        share = min(1.0, step / max(1, n_steps // 2))
+        weights = [a + share * (b - a) for a, b in zip(config.first_weights, config.last_weights, strict=True)]
+        stream = arithmetic.stream(seed=f"{config.seed}-{stage}-{step}", split="train", weights=weights)
+        return [next(stream) for _ in range(config.batch_size)]
+    per_epoch = max(1, len(data) // config.batch_size)
+    epoch, index = divmod(step, per_epoch)
+    order = _order(f"{config.seed}-{stage}-{epoch}", len(data))
+    return [data[i] for i in order[index * config.batch_size : (index + 1) * config.batch_size]]
+
+
+@functools.lru_cache(maxsize=1)
+def _order(seed: str, n: int) -> list[int]:
+    """Order of the problems in one pass; shuffled once per pass, not at every step."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def micro_batches(problems: Sequence[Problem], micro_batch: int, rank: int, n_ranks: int) -> Iterator[list[Problem]]:
+    """This process's share of a batch, cut into micro-batches of similar length (less padding).
+
+    Every process gets the same number of micro-batches of the same size, and every problem is in one of them.
+    """
+    order = sorted(problems, key=lambda p: len(p.question) + len(p.chain))
+    for i in range(0, len(order), micro_batch * n_ranks):
+        part = order[i : i + micro_batch * n_ranks][rank::n_ranks]
+        # The direct-answer term sees the first problems of each micro-batch: any length, not the shortest.
+        yield random.Random(len(part) + i).sample(part, len(part))

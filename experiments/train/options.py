@@ -1,0 +1,255 @@
+"""Options of `codi train`: what is given, the presets that fill in the rest, and what of it decides the result.
+
+Free of torch; transformers is imported only to see what kind of base model `--init` names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from experiments.study.manifest import check_out, command_of, differences, read_manifest, refuse_other
+from experiments.study.options import RunOptions, identity_of
+from lm.errors import UserError
+
+__all__ = ["ENDLESS", "PRESETS", "Resolved", "TrainOptions", "check_folder", "micro_batch_of", "resolve"]
+
+ENDLESS = "arithmetic"
+
+PUBLISHED: dict[str, Any] = {
+    "lora_r": 128,
+    "lora_alpha": 32.0,
+    "weight_decay": 0.1,
+    "batch_size": 128,
+    "teacher_weight": 1.0,
+    "teacher_fraction": 1.0,
+    "direct_weight": 1.0,
+    "step_weight": 0.0,
+    "last_step": False,
+    "merged": False,
+    "latent_scale": 1.0,
+    "teacher_steps": 0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},  # the defaults of Resolved
+    # Shen et al. 2025, section 4 and the published training scripts
+    "llama-1b": PUBLISHED | {"prj_dim": 2048, "lr": 8e-4, "epochs": 10.0, "micro_batch": 16, "kd_weight": 20.0},
+    "gpt2": PUBLISHED | {"prj_dim": 768, "lr": 3e-3, "epochs": 40.0, "micro_batch": 32, "kd_weight": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """Train a CODI model."""
+
+    COMMAND: ClassVar[str] = "train"
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"teacher_steps": 0, "steps": 1, "epochs": 0, "micro_batch": 1}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
+        {"device", "preset", "save_every", "eval_every", "eval_problems"}
+    )
+    IDENTITY: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+
+    out: Path = Path("runs/train")
+    preset: Literal["auto", "tiny", "llama-1b", "gpt2"] = "auto"
+    """Where options that are None below come from. tiny: the recipe of checkpoints/tiny; llama-1b, gpt2: the published
+    settings for these bases; auto: tiny from scratch, with --init gpt2 for a GPT-2 and llama-1b for any other base."""
+    init: str = ""
+    """Base model: folder or hub id; empty: a small Llama from scratch."""
+    data: str = "arithmetic"
+    """Training problems with written chains: "arithmetic" (endless), or a file or hub id that `codi eval` reads."""
+    protocol: Literal["answer-only", "original", "original-eos"] = "answer-only"
+    """Token order and answer style."""
+    n_latents: int = 6
+    """Latent steps between question and answer."""
+    seed: int = 0
+    """Seed of weights, problems and order."""
+
+    d_model: int = 192
+    """From scratch: width."""
+    n_layers: int = 4
+    """From scratch: blocks."""
+    n_heads: int = 6
+    """From scratch: attention heads."""
+    n_kv_heads: int = 3
+    """From scratch: key/value heads."""
+    d_ffn: int = 512
+    """From scratch: width of the MLP."""
+
+    teacher_steps: int | None = None
+    """Steps of the teacher stage (0: none); None: the preset's from scratch, 0 with --init."""
+    teacher_lr: float = 2e-3
+    """Highest learning rate of the teacher stage."""
+    teacher_weight_decay: float = 0.05
+    """Weight decay of the teacher stage."""
+    steps: int | None = None
+    """Steps of the distillation stage; with a finite data set --epochs can be given instead."""
+    epochs: float | None = None
+    """Passes over a finite data set (llama-1b 10, gpt2 40); 0: --steps counts."""
+    lr: float | None = None
+    """Highest learning rate of the distillation stage (llama-1b 8e-4, gpt2 3e-3); cosine to zero after 3 %
+    warm-up."""
+    weight_decay: float | None = None
+    """Weight decay of the distillation stage (published 0.1)."""
+    clip: float = 2.0
+    """Largest gradient norm."""
+    batch_size: int | None = None  # type: ignore[assignment]
+    """Problems per optimiser step, over all processes."""
+    micro_batch: int | None = None
+    """Problems computed at once by a process (llama-1b 16, gpt2 32): memory against speed."""
+    lora_r: int | None = None
+    """LoRA rank (published 128)."""
+    lora_alpha: float | None = None
+    """LoRA scale is alpha / r (published 32)."""
+    prj_dim: int | None = None
+    """Width of the projection (llama-1b 2048, gpt2 768)."""
+    latent_scale: float | None = None
+    """Scale of the latents at the start: the weight of the projection's last LayerNorm (published 1). 0: the root mean
+    square of the base model's embeddings, so that a latent enters the residual stream as large as a token does."""
+    kd_weight: float | None = None
+    """f: weight of the distillation term (llama-1b 20, gpt2 1)."""
+    teacher_weight: float | None = None
+    """g: weight of the teacher term (published 1)."""
+    teacher_fraction: float | None = None
+    """Share of the problems whose written chain enters the teacher term (all give a distillation target;
+    published 1)."""
+    step_weight: float | None = None
+    """Weight of the step term at the start: the state that becomes latent k is to predict what the teacher predicts
+    where it writes the result of step k (published 0: CODI guides no single latent). It is constant for 50 % of the
+    stage, falls to 0 until 75 %, and the rest is published CODI."""
+    direct_weight: float | None = None
+    """Weight of the direct-answer term (published 1)."""
+    direct_fraction: float | None = None
+    """Share of the problems that are also (teacher stage: instead) answered directly (published 1 for
+    answer-only, 0 for original)."""
+    first_weights: tuple[float, ...] = (1.2, 1.2, 1.0, 1.0, 1.0)
+    """Arithmetic: relative frequency of 1..5-step problems at the first step of a stage…"""
+    last_weights: tuple[float, ...] = (0.5, 0.8, 1.2, 1.3, 1.3)
+    """… and from half of the stage on; linear in between."""
+    last_step: bool | None = None
+    """Whether the written chain holds its last equation (published: no, because a teacher that has written the result
+    only copies it)."""
+    merged: bool | None = None
+    """Compute with merged LoRA weights: faster for small models (codi.training.MergedLora; tiny yes, published no)."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """bf16: bfloat16 autocast, and frozen weights of a given base held in bfloat16; float32 throughout."""
+    save_every: int = 100
+    """Steps between state files."""
+    eval_every: int = 250
+    """Steps between accuracies on held-out problems (0: never)."""
+    eval_problems: int = 200
+    """Held-out problems of each such accuracy."""
+
+    def check_inputs(self) -> None:
+        if not self.init:
+            check_folder(resolve(self))
+        elif (self.out / "manifest.json").exists():  # what the preset is, only loading the base model tells
+            old = read_manifest(self.out)["identity"]
+            if command_of(old) != self.COMMAND:
+                refuse_other(self.out, old, {"study": self.COMMAND})
+
+
+@dataclass(frozen=True)
+class Resolved(TrainOptions):
+    """`TrainOptions` whose preset has been filled in; the defaults here are those of the preset "tiny"."""
+
+    teacher_steps: int = 2000
+    steps: int = 6000
+    epochs: float = 0.0
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 128
+    micro_batch: int = 64
+    lora_r: int = 128
+    lora_alpha: float = 64.0
+    prj_dim: int = 384
+    latent_scale: float = 0.0
+    kd_weight: float = 20.0
+    teacher_weight: float = 10.0
+    teacher_fraction: float = 0.6
+    step_weight: float = 2.0
+    direct_weight: float = 0.0
+    direct_fraction: float = 0.03
+    last_step: bool = True
+    merged: bool = True
+
+
+def resolve(options: TrainOptions) -> Resolved:
+    """Fill in the preset wherever an option was not given.
+
+    Raises:
+        ValueError: options that contradict each other, or no configuration of a base model at `init`.
+    """
+    preset, kind = options.preset, ""
+    if options.init:
+        try:
+            from transformers import AutoConfig
+
+            kind = AutoConfig.from_pretrained(options.init).model_type
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"base model {options.init} is neither a folder with a language model nor can it be fetched from the "
+                "Hugging Face hub: log in if it is gated, or on a machine with a connection run "
+                f"'hf download {options.init} --local-dir base', copy the folder here and give --init base"
+            ) from error
+    if preset == "auto":
+        preset = "tiny" if not options.init else "gpt2" if kind == "gpt2" else "llama-1b"
+    if options.steps and options.epochs:
+        raise UserError(f"give --steps or --epochs, not both: got {options.steps} and {options.epochs:g}")
+    if options.epochs and options.data == ENDLESS:
+        raise UserError(f"--epochs needs a finite data set, and {ENDLESS!r} is endless: give --steps")
+    values = dict(PRESETS[preset])
+    if options.init:
+        values["teacher_steps"] = 0
+    if preset != "tiny":
+        values["direct_fraction"] = 1.0 if options.protocol == "answer-only" else 0.0
+    if options.steps or options.data == ENDLESS:
+        values["epochs"] = 0.0
+    values |= {k: v for k, v in vars(options).items() if v is not None}
+    resolved = Resolved(**{**values, "preset": preset})
+    if not resolved.init and not resolved.teacher_steps:
+        raise UserError("a model from scratch needs a teacher stage: give --teacher-steps > 0 or --init")
+    return resolved
+
+
+def micro_batch_of(config: Resolved, n_ranks: int) -> int:
+    """Problems that each of n_ranks processes computes at once, so that equal shares make up a batch.
+
+    Raises:
+        ValueError: the batch cannot be divided like that.
+    """
+    share, rest = divmod(config.batch_size, n_ranks)
+    if rest:
+        raise UserError(f"batch-size must be a multiple of the {n_ranks} processes, got {config.batch_size}")
+    size = min(config.micro_batch, share)
+    if share % size:
+        of = f" ({share} per process)" if n_ranks > 1 else ""
+        raise UserError(f"batch-size must be a multiple of micro-batch, got {config.batch_size}{of} and {size}")
+    return size
+
+
+def check_folder(config: Resolved) -> None:
+    """Refuse a run folder that can be seen to hold another run.
+
+    Raises:
+        ValueError: it does (every difference is listed), or what it holds is damaged.
+    """
+    check_out(config.out, config.COMMAND, identity_of(config))
+    early = config.out / "config.json"  # runs of early versions have no manifest
+    if not early.exists() or (config.out / "manifest.json").exists():
+        return
+    try:
+        before = json.loads(early.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{early} is damaged: {error}") from None
+    found = differences(before, identity_of(config), "options.")
+    if found:
+        raise UserError(
+            f"{config.out} holds a training run with other options; choose another --out or the same options. "
+            f"Differences (there -> now): {'; '.join(found)}"
+        )

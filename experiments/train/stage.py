@@ -1,0 +1,176 @@
+"""One stage of training: optimise the trainable weights of a loss, log every term of every step, go on after a stop.
+
+The state file {stage}.pt and log.csv are in the run folder. Knows nothing about how the model was made.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from codi.model import CodiModel
+from codi.training import DistillationLoss, collate, cosine_schedule
+from experiments.tasks import is_correct
+from experiments.tasks.problem import Problem
+from experiments.train.data import micro_batches, problems_of_step, text_of
+from experiments.train.options import Resolved, micro_batch_of
+
+__all__ = ["Stage", "guidance", "run_stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage is optimised (AdamW, cosine schedule)."""
+
+    name: str
+    n_steps: int
+    lr: float
+    """Highest learning rate."""
+    weight_decay: float
+    betas: tuple[float, float]
+
+
+def guidance(step: int, n_steps: int) -> float:
+    """Share of the step term's weight: 1 for 50 % of the stage, then falling to 0 at 75 %."""
+    return min(1.0, max(0.0, (0.75 - step / n_steps) / 0.25))
+
+
+def run_stage(
+    stage: Stage,
+    loss: nn.Module,
+    model: CodiModel,
+    config: Resolved,
+    data: Sequence[Problem] | None,
+    held_out: Sequence[Problem],
+    accelerator: Accelerator,
+) -> None:
+    """Optimise the trainable weights of `loss`, from the last state file on."""
+    weights = {name: p for name, p in loss.named_parameters() if p.requires_grad}
+    optimizer: Any = torch.optim.AdamW(
+        list(weights.values()), lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
+    )
+    state_file = config.out / f"{stage.name}.pt"
+    first = _load_state(state_file, weights, optimizer)
+    if first >= stage.n_steps:
+        return
+    wrapped, optimizer = accelerator.prepare(loss, optimizer)
+    main = accelerator.is_main_process
+    progress = tqdm(
+        range(first, stage.n_steps), initial=first, total=stage.n_steps, desc=stage.name, unit="step", mininterval=5,
+        disable=not main,
+    )  # fmt: skip
+    log = _Log(config.out / "log.csv", stage.name, first) if main else None
+    for step in progress:
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = stage.lr * cosine_schedule(step, stage.n_steps)
+        if isinstance(loss, DistillationLoss):
+            loss.step_weight = config.step_weight * guidance(step, stage.n_steps)
+        problems = problems_of_step(config, data, stage.name, step, stage.n_steps)
+        sums = _gradients(wrapped, model, config, problems, accelerator)
+        norm = accelerator.clip_grad_norm_(list(weights.values()), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if log is not None:
+            log.write(stage.name, step + 1, sums, float(norm), time.perf_counter() - started)
+            progress.set_postfix({k: f"{v:.3f}" for k, v in sums.items()}, refresh=False)
+        last = step + 1 == stage.n_steps
+        if main and (last or (step + 1) % config.save_every == 0):
+            _save_state(state_file, step + 1, weights, optimizer)
+        if main and config.eval_every and (last or (step + 1) % config.eval_every == 0):
+            if isinstance(loss, DistillationLoss) and loss.lora is not None:
+                loss.lora.refresh()
+            with accelerator.autocast():
+                progress.write(f"{stage.name} step {step + 1}: {_accuracies(model, held_out, stage.name)}")
+
+
+def _gradients(
+    wrapped: nn.Module, model: CodiModel, config: Resolved, problems: Sequence[Problem], accelerator: Accelerator
+) -> dict[str, float]:
+    """Gradients of one step, added up over this process's micro-batches; the terms of the loss, as means over them."""
+    micro_batch = micro_batch_of(config, accelerator.num_processes)
+    shares = config.batch_size // (micro_batch * accelerator.num_processes)
+    sums: dict[str, float] = {}
+    parts = list(micro_batches(problems, micro_batch, accelerator.process_index, accelerator.num_processes))
+    for i, part in enumerate(parts):
+        texts = [text_of(p, model.protocol.answer_style, config.last_step) for p in part]
+        batch = collate(texts, model).to(accelerator.device)
+        with accelerator.accumulate() if i == len(parts) - 1 else accelerator.no_sync(wrapped):
+            with accelerator.autocast():
+                losses = wrapped(batch)
+            accelerator.backward(losses["total"] / shares)
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach()) / shares
+    return sums
+
+
+def _load_state(path: Path, weights: dict[str, nn.Parameter], optimizer: Any) -> int:
+    """Put back what a state file holds; the number of steps that are done, 0 without one."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _save_state(path: Path, step: int, weights: dict[str, nn.Parameter], optimizer: Any) -> None:
+    """Write a state file whole or not at all; straight to disk, it may be as large as the model."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    partial = path.with_name(f"{path.name}.partial")
+    torch.save(
+        {
+            "step": step,
+            "weights": {k: v.detach().cpu() for k, v in weights.items()},
+            "optimizer": raw.state_dict(),
+        },
+        partial,
+    )
+    partial.replace(path)
+
+
+def _accuracies(model: CodiModel, held_out: Sequence[Problem], stage: str) -> str:
+    """Accuracies on held-out problems, in words."""
+    modes: list[tuple[str, dict[str, Any]]] = [("written chain", {"mode": "verbal"}), ("direct", {"mode": "direct"})]
+    if stage == "distillation":
+        modes += [(f"{n} latents", {"mode": "latent", "n_latents": n}) for n in (0, 3, model.n_latents)]
+    words = []
+    for name, options in modes:
+        texts = model.answer([p.question for p in held_out], **options)
+        right = sum(is_correct(text, p.answer) for text, p in zip(texts, held_out, strict=True))
+        words.append(f"{name} {right / len(held_out):.3f}")
+    return ", ".join(words) + f" (n = {len(held_out)})"
+
+
+class _Log:
+    """log.csv: one row per step and loss term of the main process; rows after the state that a run goes on from are
+    dropped, because those steps come again."""
+
+    def __init__(self, path: Path, stage: str, first: int) -> None:
+        head = ["stage", "step", "term", "value", "gradient_norm", "seconds"]
+        rows: list[list[str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(head)]
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("w", newline="") as file:
+            csv.writer(file).writerows([head, *(row for row in rows if row[0] != stage or int(row[1]) <= first)])
+        partial.replace(path)
+        self.file = path.open("a", newline="")
+        self.writer = csv.writer(self.file)
+
+    def write(self, stage: str, step: int, terms: dict[str, float], norm: float, seconds: float) -> None:
+        for term, value in terms.items():
+            self.writer.writerow([stage, step, term, f"{value:.6g}", f"{norm:.4g}", f"{seconds:.3f}"])
+        self.file.flush()
