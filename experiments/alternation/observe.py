@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from lenses.latent_lens import LatentLens
 
 __all__ = [
-    "SCHEMAS", "answers", "attention", "direction", "forms", "number_tokens", "places", "positions", "probes",
-    "prompts", "read", "reference",
+    "SCHEMAS", "Latents", "answers", "attention", "derivation_latents", "direction", "evaluation_states", "forms",
+    "mean_slot", "number_tokens", "places", "positions", "probes", "prompts", "read", "reference",
 ]  # fmt: skip
 
 _NUMBERS = pa.list_(pa.float64())
@@ -338,7 +338,7 @@ def answers(
         cut = [run.truncate(k) for k in range(n + 1)]
         thoughts = [("after", k, cut[k]) for k in range(n + 1)]
         for k in range(1, n + 1):
-            edits = {"embedding": MeanAblation(k, means[k - 1]), "slot": _mean_slot(model, run, k, latents.slots)}
+            edits = {"embedding": MeanAblation(k, means[k - 1]), "slot": mean_slot(model, run, k, latents.slots)}
             thoughts += [
                 (kind, k, model.rollout(cut[k - 1], n, (edit,), keep=("cache",))) for kind, edit in edits.items()
             ]
@@ -349,7 +349,7 @@ def answers(
     return pd.concat(frames, ignore_index=True).assign(task=asked.task)
 
 
-def _mean_slot(model: CodiModel, run: LatentRollout, latent: int, slots: tuple[Tensor, Tensor]) -> ReplaceRows:
+def mean_slot(model: CodiModel, run: LatentRollout, latent: int, slots: tuple[Tensor, Tensor]) -> ReplaceRows:
     """The cache slot of one latent becomes its mean over other prompts, keys turned to each prompt's own position."""
     keys, values = (mean[latent - 1].to(model.device) for mean in slots)  # (layer, kv_head, d_head)
     positions = run.latent_positions[:, latent - 1].to(model.device)

@@ -10,12 +10,13 @@ import pandas as pd
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import Selector, compare
 from experiments.study.claims import Claim, effect_claim, judge
+from experiments.study.storage import carrying
 
 __all__ = ["CLAIMED", "MARGIN", "claimed_latents", "number_claims"]
 
 MARGIN = 0.02
 """A loss of less than this (two points) counts as no harm in claims of no effect."""
-CLAIMED = (3, 5)
+CLAIMED = carrying("embedding")
 """The latents that hold what the answer needs, as C3 has it."""
 
 
