@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
+import pandas as pd
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -166,6 +167,14 @@ def planted_problems(repeats: int, first: int = 0) -> list[Problem]:
                             )
                         )
     return problems
+
+
+def repeated(trials: pd.DataFrame, times: int) -> pd.DataFrame:
+    """A trial table as if so many times more prompts, in clusters of their own, had given the same answers."""
+    return pd.concat(
+        [trials.assign(**{name: trials[name] + f"#{i}" for name in ("prompt_id", "cluster")}) for i in range(times)],
+        ignore_index=True,
+    )
 
 
 def planted_split(repeats: int = 1) -> Split:

@@ -10,10 +10,12 @@ import pytest
 from planted import planted_model, planted_split
 
 from experiments.latents.early_exit import (
+    STUDY,
     after,
     calibration,
     chosen_threshold,
     fixed,
+    make_plan,
     policies,
     policy,
     run,
@@ -21,7 +23,7 @@ from experiments.latents.early_exit import (
 )
 from experiments.latents.options import EarlyExitOptions
 from experiments.statistics.clusters import Settings
-from experiments.statistics.effects import row_of
+from experiments.statistics.effects import row_of, weighed
 
 
 def trials(right: list[list[int]], confidence: list[list[float]]) -> pd.DataFrame:
@@ -31,7 +33,7 @@ def trials(right: list[list[int]], confidence: list[list[float]]) -> pd.DataFram
         for k, (one, p) in enumerate(zip(good, sure, strict=True)):
             text = "7" if one else f"{i}{k}"
             rows.append({"prompt_id": f"p{i}", "cluster": f"c{i}", "n_latents": k, "text": text,
-                         "correct": bool(one), "confidence": p})  # fmt: skip
+                         "template": "", "parsed": True, "correct": bool(one), "confidence": p})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -45,6 +47,37 @@ def test_the_planted_model_is_done_after_latent_4(tmp_path: Path) -> None:
     assert row_of(cost, policy("oracle"))["mean"] == 4 and row_of(cost, fixed(6))["mean"] == 6
     steps = found.tables["steps"].set_index("n_latents")
     assert steps.loc[4, "fwer_p"] < 0.05 and (steps.drop(4)["p"] == 1).all()
+
+
+def judged(accuracy: list[float], many: int) -> dict[str, str]:
+    """Verdicts of C1 on made-up answers after 0..6 latents."""
+    rng = np.random.default_rng(2)
+    right = (rng.random((many, 7)) < accuracy).astype(int).tolist()
+    table = trials(right, [[0.5] * 7] * many)
+    plan = make_plan(EarlyExitOptions(resamples=500, permutations=100, draws=2), planted_model(), planted_split())
+    claims = STUDY.conclude(plan, {"exits": table, "derivation": table}).claims or ()
+    return {claim.name: claim.verdict for claim in claims}
+
+
+def test_every_verdict_can_come_out() -> None:
+    base = [0.1, 0.2, 0.3, 0.4]
+    assert judged([*base, 0.5, 0.9, 0.6], 400) == {"C1 (jump)": "held", "C1 (sixth)": "held"}
+    assert judged([*base, 0.9, 0.5, 0.9], 400) == {"C1 (jump)": "not held", "C1 (sixth)": "not held"}
+    assert judged([*base, 0.5, 0.55, 0.57], 50) == {"C1 (jump)": "undecided", "C1 (sixth)": "undecided"}
+    assert judged([*base, 1.0, 1.0, 1.0], 400) == {"C1 (jump)": "not testable", "C1 (sixth)": "not testable"}
+
+
+def test_a_star_needs_a_size() -> None:
+    """A gain in every third prompt has one, none has none."""
+    gained = compare_gain(0.3, 400)
+    assert gained["matters"] and gained["q"] < 0.05
+    assert not compare_gain(0.0, 400)["matters"]
+
+
+def compare_gain(share: float, many: int) -> dict:
+    rng = np.random.default_rng(4)
+    table = trials([[0, int(gain)] for gain in rng.random(many) < share], [[0.5, 0.5]] * many)
+    return row_of(weighed(table, [(after(1), after(0))], ["n_latents"], settings=Settings(resamples=300))[0], after(1))
 
 
 def test_calibration_by_hand() -> None:

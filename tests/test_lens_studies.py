@@ -92,8 +92,14 @@ def test_the_published_recipe_is_the_identity_of_a_legacy_run(tmp_path: Path) ->
         (["causal", "--read", "plain", "--layers", "-1"], "layers must be 0 or more, got -1"),
         (["causal", "--read", "plain", "--latents", "2", "2"], "latents names one twice: 2, 2"),
         (["causal", "--read", "plain", "--split", "foo"], "split must be test, got 'foo'"),
-        (["detect", "--read", "plain", "--split", "foo"], "must be one of test, derivation, all for the task 'templates'"),
-        (["difference", "--read", "plain", "--split", "foo"], "must be one of test, derivation, all for the task 'templates'"),
+        (
+            ["detect", "--read", "plain", "--split", "foo"],
+            "must be one of test, derivation, all for the task 'templates'",
+        ),
+        (
+            ["difference", "--read", "plain", "--split", "foo"],
+            "must be one of test, derivation, all for the task 'templates'",
+        ),
         (["train", "--split", "foo"], "split is for a folder or data set, task 'arithmetic' has its own: got 'foo'"),
         (["train", "--lenses", "third"], "a lens is named each, all, odd"),
         (["train", "--lenses", "9"], "9 is not in 0..6"),

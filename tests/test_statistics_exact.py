@@ -111,3 +111,16 @@ def test_rare_intervals_cover_where_resampled_ones_do_not() -> None:
         low, high = bootstrap_interval(sums, counts, weights=cluster_weights(80, 400, 0))
         assert known.mean() > 0.95 and covered >= 0.95
         assert ((low <= truth) & (truth <= high))[known].mean() < covered
+
+
+def test_rare_intervals_cover_when_clusters_differ_by_parts() -> None:
+    """Clusters change by a third or two thirds (means over draws): the end of the scale is not what they could be."""
+    rng = np.random.default_rng(2)
+    sums = rng.choice([0.0, 1 / 3, 2 / 3], p=[0.93, 0.05, 0.02], size=(1500, 66))
+    truth = 0.05 / 3 + 0.02 * 2 / 3
+    lower, upper = rare(sums, np.ones_like(sums), bounds=(0.0, 1.0))
+    known = ~np.isnan(lower)
+    assert known.mean() > 0.9 and ((lower <= truth) & (truth <= upper))[known].mean() >= 0.95
+    two, three = (np.r_[np.full(number, 1 / 3), np.zeros(66 - number)][None] for number in (2, 3))
+    ends = [float(rare(row, np.ones((1, 66)), bounds=(0.0, 1.0))[1][0]) for row in (two, three)]
+    assert ends[0] > 0.08 > ends[1]  # two say nothing about how far others lie, three do

@@ -14,7 +14,7 @@ import pytest
 from planted import planted_model, planted_split
 
 from codi import load_codi
-from experiments.latents.necessity import COUNTS, counts
+from experiments.latents.necessity_measures import COUNTS, counts
 from experiments.study.options import PromptOptions
 from experiments.study.parts import Part, Recipe, Workbench, run_here, run_part, workbench_of
 

@@ -24,6 +24,7 @@ Trials: `resampling`, `suppression`, `heads` (anchors_measures.py). Runs as `cod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,20 +41,24 @@ from experiments.latents.anchors_measures import (
     heads,
     heads_schema,
     hidden_latent,
+    receivers,
     resampled_at,
     resampling,
     suppression,
 )
-from experiments.latents.claims import claimed_latents
+from experiments.latents.claims import CLAIMED, STAR, claimed_latents, sizes_table
 from experiments.latents.donors import check_known
 from experiments.latents.options import AnchorsOptions
 from experiments.statistics.clusters import Settings
-from experiments.statistics.effects import Selector, compare, levels, row_of
+from experiments.statistics.effects import Selector, differences, levels, per_prompt, reach, row_of, weighed
+from experiments.statistics.sizes import Smallest
 from experiments.statistics.words import interval, p_text
-from experiments.study.claims import Claim, ClaimsTable, effect_claim, judge
+from experiments.study.claims import ClaimsTable
+from experiments.study.limits import least_flips
 from experiments.study.parts import Part
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.verdicts import Question, judged_together
 from experiments.tasks.split import Split
 
 if TYPE_CHECKING:
@@ -62,6 +67,9 @@ if TYPE_CHECKING:
 __all__ = ["STUDY", "Plan", "main", "run"]
 
 LEVELS = ("vector", "slot")
+RANGE = {"kl": (0.0, math.inf), "flip": (0.0, 1.0), "change": (0.0, math.inf)}
+HARM = 0.05
+"""A share of changed answers below this (five points) counts as no harm."""
 
 
 # --- Plan and parts ---------------------------------------------------------------------------------------------------
@@ -128,19 +136,24 @@ def tables_of(plan: Plan, trials: Trials) -> dict[str, pd.DataFrame]:
     """Every table of the study."""
     n, settings = plan.n_latents, plan.settings
     resampled, hidden = trials["resampling"], trials["suppression"]
-    tables = {"heads": trials["heads"]}
-    pairs = [
+    tables, sizes = {"heads": trials["heads"]}, dict[str, Smallest]()
+    important = [
         (resampled_at(level, "unmatched", k), resampled_at(level, "matched", k))
         for level in LEVELS
         for k in range(1, n + 1)
     ]
-    pairs += [(resampled_at("vector", "noise", k), resampled_at("vector", "matched", k)) for k in range(1, n + 1)]
+    noise = [(resampled_at("vector", "noise", k), resampled_at("vector", "matched", k)) for k in range(1, n + 1)]
+    of_latents = [(one, reference) for one, reference in _cut(n) if one["hidden"] == "latent"]
     for outcome in ("kl", "flip"):
-        tables[f"resampled_{outcome}"] = levels(resampled, RESAMPLED_BY, outcome, settings)
-        tables[f"importance_{outcome}"] = compare(resampled, pairs, RESAMPLED_BY, outcome, settings)
-        tables[f"hidden_{outcome}"] = levels(hidden, EDGE, outcome, settings)
-        tables[f"edges_{outcome}"] = compare(hidden, _cut(n), EDGE, outcome, settings)
-    if n >= 5:
+        span, name = RANGE[outcome], f"importance_{outcome}"
+        tables[f"resampled_{outcome}"] = levels(resampled, RESAMPLED_BY, outcome, settings, span)
+        tables[name], sizes[name] = weighed(
+            resampled, [*important, *noise], RESAMPLED_BY, outcome, settings, span, of=important
+        )
+        name = f"edges_{outcome}"
+        tables[f"hidden_{outcome}"] = levels(hidden, EDGE, outcome, settings, span)
+        tables[name], sizes[name] = weighed(hidden, _cut(n), EDGE, outcome, settings, span, of=of_latents)
+    if n >= max(CLAIMED):
         tables["claimed_latents"] = claimed_latents(
             resampled,
             lambda k: (resampled_at("vector", "unmatched", k), resampled_at("vector", "matched", k)),
@@ -149,8 +162,10 @@ def tables_of(plan: Plan, trials: Trials) -> dict[str, pd.DataFrame]:
             settings,
         )
     at_latents = [(one, reference) for one, reference in _cut(n) if one["reader"] == "latent"]
-    tables["edges_change"] = compare(hidden[hidden["change"].notna()], at_latents, EDGE, "change", settings)
-    return tables
+    tables["edges_change"], sizes["edges_change"] = weighed(
+        hidden[hidden["change"].notna()], at_latents, EDGE, "change", settings, RANGE["change"]
+    )
+    return tables | {"sizes": sizes_table(sizes)}
 
 
 # --- What they say ----------------------------------------------------------------------------------------------------
@@ -162,54 +177,79 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     over = f"{100 * plan.settings.level:g} % intervals over clusters"
     captions = {
         "importance": f"What resampling each latent does to the answer, and importance (other minus same key); {over}.",
-        "dependencies": "What hiding each source from each reader does to the answer and to the reader's own state; a "
-        "random prompt position is the control.",
+        "dependencies": "What hiding each source from each reader does to the answer and to the reader's own state. ○: "
+        "more than hiding a random prompt position does (q < 0.05), and beyond the size that matters.",
         "heads": "Which latents each head of the end-of-thought token looks at, the heads with the most attention to "
-        "latents.",
+        "latents. ○: the most, of a head that prefers the same latents in every prompt (q < 0.05) by more than the "
+        "wording makes of it.",
     }
-    return Findings(words(plan, tables), tables, lambda: figures(tables, n), captions, claims_of(tables, n))
+    resampled = trials["resampling"]
+    unedited = resampled[resampled["kind"] == "none"]
+    seen = least_flips(unedited, len(tables["importance_flip"]), plan.settings)
+    return Findings(
+        words(plan, tables, seen), tables, lambda: figures(tables, n), captions, claims_of(plan, tables, resampled)
+    )
 
 
-def claims_of(tables: Mapping[str, pd.DataFrame], n: int) -> ClaimsTable:
-    """C3 and C4 as resampling sees them."""
-    claims = ClaimsTable()
-    text = "a latent of another key changes the answer at latents 3 and 5 only"
-    rule = "flips (other key − same key) at latents 3 and 5, minus the other latents, are above 0"
-    if n < 5:
-        claims.add(Claim("C3 (resampled)", text, rule, "not testable", note=f"this model has {n} latents"))
-    else:
-        each = [row_of(tables["importance_flip"], resampled_at("vector", "unmatched", k)) for k in range(1, n + 1)]
-        note = "points per latent: " + ", ".join(interval(row, "difference") for row in each)
-        row = row_of(tables["claimed_latents"], {"claimed": True})
-        verdict = judge(row["lower"], row["upper"], above=0.0)
-        claims.add(effect_claim("C3 (resampled)", text, rule, verdict, row, note))
-    for k in (n - 1, n):
-        row = row_of(tables["resampled_flip"], resampled_at("vector", "noise", k))
-        text = "a random vector in one of the last two latents does no harm"
-        verdict = judge(row["lower"], row["upper"], below=0.05)
-        claims.add(
-            effect_claim(f"C4 (noise {k})", text, "share of changed answers is below 0.05", verdict, row, of="mean")
+def claims_of(plan: Plan, tables: Mapping[str, pd.DataFrame], resampled: pd.DataFrame) -> ClaimsTable:
+    """C3 and C4 as resampling sees them, judged together."""
+    n, latents = plan.n_latents, range(1, plan.n_latents + 1)
+    pairs = [(resampled_at("vector", "unmatched", k), resampled_at("vector", "matched", k)) for k in latents]
+    change = differences(resampled, pairs, RESAMPLED_BY, "flip").set_axis(latents, axis=1)
+    claimed, others = [k for k in latents if k in CLAIMED], [k for k in latents if k not in CLAIMED]
+    each = [row_of(tables["importance_flip"], pair[0], pair[1]) for pair in pairs]
+    blocked = f"this model has {n} latents" if n < max(CLAIMED) else ""
+    questions = [
+        Question(
+            "C3 (resampled)",
+            "a latent of another key changes the answer at latents 3 and 5 only",
+            "flips (other key − same key) at latents 3 and 5, minus the other latents, are above 0",
+            (change[claimed].mean(axis=1) - change[others].mean(axis=1)).to_numpy(),
+            above=0.0,
+            bounds=(-2, 2),
+            blocked=blocked,
+            note="" if blocked else "points per latent: " + ", ".join(interval(row, "difference") for row in each),
         )
-    return claims
+    ]
+    flips = per_prompt(resampled, [resampled_at("vector", "noise", k) for k in latents], RESAMPLED_BY, "flip")
+    flips = flips.reindex(change.index).set_axis(latents, axis=1)
+    questions += [
+        Question(
+            f"C4 (noise {k})",
+            "a random vector in one of the last two latents does no harm",
+            f"share of changed answers is below {HARM}",
+            flips[k].to_numpy(),
+            absent=HARM,
+            side="above",
+            bounds=(0, 1),
+        )
+        for k in latents[-2:]
+    ]
+    clusters = change.index.get_level_values("cluster").to_numpy()
+    return ClaimsTable(judged_together(questions, clusters, plan.settings))
 
 
-def words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
-    """The summary, section by section."""
+def words(plan: Plan, tables: Mapping[str, pd.DataFrame], seen: str) -> list[Section]:
+    """The summary, section by section; `seen` says which change of the answers could be told from none."""
     n, kl = plan.n_latents, tables["importance_kl"]
     first = row_of(kl, resampled_at("vector", "unmatched", 1))
     anchors = {}
     for level in LEVELS:
         part = kl[(kl["level"] == level) & (kl["kind"] == "unmatched")]
-        anchors[level] = part["latent"][(part["q"] < 0.05) & (part["difference"] > 0)].tolist()
+        anchors[level] = part["latent"][part["matters"] & (part["difference"] > 0)].tolist()
     listed = "; ".join(f"{level}: {', '.join(map(str, found)) or 'none'}" for level, found in anchors.items())
+    nulls = kl[(kl["kind"] == "unmatched") & ~kl["matters"]]
+    least = f" At the others {_most(nulls):.3f} nats could have been told from none." if len(nulls) else ""
     return [
         Section(
             f"{int(first['n'])} prompts in {int(first['n_clusters'])} clusters; KL in nats, flips in points; "
-            f"{100 * plan.settings.level:g} % intervals over clusters, * q < 0.05."
+            f"{100 * plan.settings.level:g} % intervals over clusters. {seen}"
         ),
         Section(_importance(tables, n), "Importance"),
-        Section(f"Importance by KL survives correction: {listed}.", "Anchors"),
-        Section(_dependencies(tables["edges_kl"]), "Dependencies"),
+        Section(
+            f"Importance by KL survives correction and is beyond the size that matters: {listed}.{least}", "Anchors"
+        ),
+        Section(_dependencies(tables), "Dependencies"),
         Section(_prompt_read(tables), "Does the answer read the prompt?"),
         Section(_receivers(tables["heads"], n), "Receiver heads"),
     ]
@@ -218,8 +258,10 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
 def _importance(tables: Mapping[str, pd.DataFrame], n: int) -> str:
     """Importance of each latent."""
     kl, flip, level_of = tables["importance_kl"], tables["importance_flip"], tables["resampled_kl"]
+    sizes = {name: row_of(tables["sizes"], {"table": f"importance_{name}"}) for name in ("kl", "flip")}
     lines = [
-        "Resampled from another key, minus from the same key.",
+        f"Resampled from another key, minus from the same key. {STAR}: {sizes['kl']['size']:.3f} nats "
+        f"({sizes['kl']['words']}), {100 * sizes['flip']['size']:.1f} points ({sizes['flip']['words']}).",
         "",
         "| latent | KL, vector | flips, vector | KL, slot | flips, slot | KL of same key / of noise (vector) |",
         "|---|---|---|---|---|---|",
@@ -228,12 +270,17 @@ def _importance(tables: Mapping[str, pd.DataFrame], n: int) -> str:
         cells = []
         for level in LEVELS:
             row = row_of(kl, resampled_at(level, "unmatched", k))
-            cells.append(interval(row, "difference", 1, 3) + ("*" if row["q"] < 0.05 else ""))
+            cells.append(interval(row, "difference", 1, 3) + ("*" if row["matters"] else ""))
             row = row_of(flip, resampled_at(level, "unmatched", k))
-            cells.append(interval(row, "difference") + ("*" if row["q"] < 0.05 else ""))
+            cells.append(interval(row, "difference") + ("*" if row["matters"] else ""))
         same, noise = (row_of(level_of, resampled_at("vector", kind, k))["mean"] for kind in ("matched", "noise"))
         lines.append(f"| {k} | " + " | ".join(cells) + f" | {same:.3f} / {noise:.3f} |")
     return "\n".join(lines)
+
+
+def _most(table: pd.DataFrame) -> float:
+    """What could have been told from none in every row."""
+    return max((reach(row) for _, row in table.iterrows()), default=math.nan)
 
 
 def _edge_name(row: Mapping[str, object] | pd.Series) -> str:
@@ -242,17 +289,21 @@ def _edge_name(row: Mapping[str, object] | pd.Series) -> str:
     return f"{source} > {row['target'] if row['reader'] == 'latent' else row['reader']}"
 
 
-def _dependencies(edges: pd.DataFrame) -> str:
+def _dependencies(tables: Mapping[str, pd.DataFrame]) -> str:
     """The strongest edges from latents."""
-    strong = edges[(edges["q"] < 0.05) & (edges["difference"] > 0)].sort_values("difference", ascending=False)
-    of_latents = strong[strong["hidden"] == "latent"]
-    named = [f"{_edge_name(row)}: {interval(row, 'difference', 1, 3)}" for _, row in of_latents.head(8).iterrows()]
+    edges, size = tables["edges_kl"], row_of(tables["sizes"], {"table": "edges_kl"})
+    of_latents = edges[edges["hidden"] == "latent"]
+    strong = of_latents[of_latents["matters"] & (of_latents["difference"] > 0)]
+    strong = strong.sort_values("difference", ascending=False)
+    named = [f"{_edge_name(row)}: {interval(row, 'difference', 1, 3)}" for _, row in strong.head(8).iterrows()]
     return (
-        "Source > reader; KL at the answer when the edge is cut, minus a random prompt position: "
+        f"Source > reader; KL at the answer when the edge is cut, minus a random prompt position; beyond "
+        f"{size['size']:.3f} nats ({size['words']}) and q < 0.05: "
         + (
             "; ".join(named)
             if named
-            else "no edge between latents, or from a latent to the answer, survives correction"
+            else "no edge between latents, or from a latent to the answer; "
+            f"{_most(of_latents):.3f} nats could have been told from none at every one"
         )
         + "."
     )
@@ -276,10 +327,11 @@ def _prompt_read(tables: Mapping[str, pd.DataFrame]) -> str:
 
 def _receivers(table: pd.DataFrame, n: int) -> str:
     """Heads that look at the same latents in every prompt."""
-    found = table[table["q"] < 0.05].sort_values("score", ascending=False)
+    found = table[receivers(table)].sort_values("score", ascending=False)
     text = (
         f"{len(found)} of {len(table)} heads of the end-of-thought token look at the same latents in every prompt "
-        f"(q < 0.05); {int((found['effective'] < n / 2).sum())} of them spread over fewer than {n / 2:g} latents"
+        "(q < 0.05, and shares that differ by more than the wording makes of them); "
+        f"{int((found['effective'] < n / 2).sum())} of them spread over fewer than {n / 2:g} latents"
     )
     if len(found):
         named = []

@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.figures.heatmap import draw_matrix
 from experiments.figures.series import baseline, draw_series, from_zero
 from experiments.figures.style import legend, new_figure
-from experiments.latents.anchors_measures import edge, hidden_latent, resampled_at
+from experiments.latents.anchors_measures import edge, hidden_latent, receivers, resampled_at
 from experiments.statistics.effects import row_of, rows_of
 
 __all__ = ["figures"]
@@ -74,7 +74,7 @@ def _dependencies(tables: Mapping[str, pd.DataFrame], n: int) -> Any:
                 chosen = hidden_latent(source, reader) if isinstance(source, int) else edge(source, reader)
                 row = row_of(tables[name], chosen)
                 values[i, j] = scale * row["mean"]
-                strong[i, j] = row["q"] < 0.05 and row["difference"] > 0
+                strong[i, j] = row["matters"] and row["difference"] > 0
         draw_matrix(axis, values, list(map(str, sources)), list(map(str, used)), title, form=form, significant=strong)
         axis.set(xlabel="reader", ylabel="hidden from it")
     return figure
@@ -87,7 +87,7 @@ def _heads(heads: pd.DataFrame, n: int) -> Any:
     names = [f"{row['layer']:.0f}.{row['head']:.0f} ({row['mass']:.2f})" for _, row in heads.iterrows()]
     keep = np.sort(np.argsort(-heads["mass"].to_numpy())[:MOST_HEADS])
     figure, axes = new_figure(1, 1, height=0.9 + 0.19 * len(keep))
-    strong = np.repeat((heads["q"].to_numpy() < 0.05)[keep, None], n, axis=1)
+    strong = np.repeat(receivers(heads).to_numpy()[keep, None], n, axis=1)
     strong &= shares[keep] == shares[keep].max(1, keepdims=True)
     draw_matrix(
         axes[0, 0], shares[keep], [names[i] for i in keep], list(map(str, latents)),

@@ -21,6 +21,7 @@ from codi.forced import divergence, forced
 from experiments.latents.donors import Noise, by_key, key_of, latents_of, other_keys, put_in
 from experiments.statistics.effects import Selector
 from experiments.statistics.paired import benjamini_hochberg
+from experiments.statistics.sizes import smallest_size
 from experiments.study.answers import answer_table, trial_schema
 from experiments.study.parts import Workbench
 from experiments.study.thoughts import Thoughts, evaluation_thoughts
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EDGE", "HIDDEN", "KINDS", "RESAMPLED", "RESAMPLED_BY", "edge", "heads", "heads_schema", "hidden_latent",
-    "receiver_heads", "resampled_at", "resampling", "suppression",
+    "receiver_heads", "receivers", "resampled_at", "resampling", "suppression",
 ]  # fmt: skip
 
 KINDS = (
@@ -247,18 +248,29 @@ def suppression(
 
 
 def heads_schema(n: int) -> pa.Schema:
-    """Columns of `receiver_heads` for n latents."""
+    """Columns of `heads` for n latents."""
     shares = [(f"share_{k}", pa.float64()) for k in range(1, n + 1)]
-    ends = [(name, pa.float64()) for name in ("effective", "score", "null", "p", "q")]
+    ends = [(name, pa.float64()) for name in ("effective", "score", "null", "p", "q", "preference", "size")]
     return pa.schema([
         ("layer", pa.int64()), ("head", pa.int64()), ("mass", pa.float64()), *shares, ("top", pa.int64()), *ends,
     ])  # fmt: skip
 
 
 def heads(bench: Workbench, *, shuffles: int, batch_size: int, seed: int) -> pd.DataFrame:
-    """`receiver_heads` of the end-of-thought token."""
-    weights = _attention(bench.model, bench.once(evaluation_thoughts, KEPT), batch_size)
-    return receiver_heads(weights, shuffles, generator(seed, "heads"))
+    """`receiver_heads` of the end-of-thought token; and preference, the spread of a head's mean shares over latents
+    (their standard deviation), beside size, what the wording of a prompt makes of a share."""
+    thoughts = bench.once(evaluation_thoughts, KEPT)
+    weights = _attention(bench.model, thoughts, batch_size)
+    table = receiver_heads(weights, shuffles, generator(seed, "heads"))
+    clusters = np.array([problem.cluster or problem.prompt_id for problem in thoughts.problems])
+    forms = np.array([problem.template for problem in thoughts.problems])
+    shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-12)
+    sizes = [
+        smallest_size(shares[:, layer, head], clusters, forms, seed=seed).size
+        for layer in range(shares.shape[1])
+        for head in range(shares.shape[2])
+    ]
+    return table.assign(preference=np.sqrt(table["score"]), size=sizes)
 
 
 def receiver_heads(weights: np.ndarray, shuffles: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -305,6 +317,11 @@ def receiver_heads(weights: np.ndarray, shuffles: int, rng: np.random.Generator)
             )
     table = pd.DataFrame(rows)
     return table.assign(q=benjamini_hochberg(table["p"].to_numpy()))
+
+
+def receivers(table: pd.DataFrame, alpha: float = 0.05) -> pd.Series:
+    """(head,) bool: which rows of `heads` look at the same latents in every prompt, more than wording makes of it."""
+    return (table["q"] < alpha) & (table["preference"] > table["size"])
 
 
 def _attention(model: CodiModel, thoughts: Thoughts, batch_size: int) -> np.ndarray:

@@ -3,50 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import Selector, compare
-from experiments.study.claims import Claim, effect_claim, judge
+from experiments.statistics.sizes import Smallest
 from experiments.study.storage import carrying
+from experiments.study.verdicts import Question, no_room
 
-__all__ = ["CLAIMED", "MARGIN", "claimed_latents", "number_claims"]
+__all__ = ["CLAIMED", "MARGIN", "STAR", "claimed_latents", "number_questions", "sizes_table"]
 
 MARGIN = 0.02
-"""A loss of less than this (two points) counts as no harm in claims of no effect."""
+"""A change of accuracy by less than this (two points) counts as none, in claims that there is one and that there is
+none."""
+STAR = "* q < 0.05, and the whole interval beyond the size that matters"
+"""What a star says, wherever one stands beside an effect."""
 CLAIMED = carrying("embedding")
 """The latents that hold what the answer needs, as C3 has it."""
 
 
-def number_claims(step: Callable[[int], Mapping[str, Any]], n: int) -> list[Claim]:
+def number_questions(change: Callable[[int], np.ndarray], level: Callable[[int], float], n: int) -> list[Question]:
     """C1, from paired changes of accuracy per latent.
 
     Args:
-        step: k -> the row (difference, lower, upper, n, n_clusters) of accuracy(k latents) − accuracy(k − 1).
+        change: k -> (prompt,) accuracy(k latents) − accuracy(k − 1).
+        level: k -> accuracy after k latents, a fraction.
         n: latents of the model.
     """
     if n != 6:
         note = f"the claim is about 6 latents, this model has {n}"
-        return [Claim("C1", "accuracy peaks at 5 latents", "", "not testable", note=note)]
-    jump, sixth = step(5), step(6)
+        return [Question("C1", "accuracy peaks at 5 latents", "", np.empty(0), above=MARGIN, blocked=note)]
+    texts = (
+        ("C1 (jump)", 5, "accuracy jumps from 4 to 5 latents", f"accuracy(5) − accuracy(4) is above {MARGIN}"),
+        ("C1 (sixth)", 6, "the sixth latent adds nothing", f"accuracy(6) − accuracy(5) is below {MARGIN}"),
+    )
     return [
-        effect_claim(
-            "C1 (jump)",
-            "accuracy jumps from 4 to 5 latents",
-            "accuracy(5) − accuracy(4) is above 0",
-            judge(jump["lower"], jump["upper"], above=0.0),
-            jump,
-        ),
-        effect_claim(
-            "C1 (sixth)",
-            "the sixth latent adds nothing",
-            f"accuracy(6) − accuracy(5) is below {MARGIN}",
-            judge(sixth["lower"], sixth["upper"], below=MARGIN),
-            sixth,
-        ),
-    ]
+        Question(
+            name, statement, rule, change(k),
+            above=MARGIN if k == 5 else None, absent=MARGIN if k == 6 else None, side="above",
+            bounds=(-1, 1), room=(-level(k - 1), 1 - level(k - 1)), blocked=no_room(level(k - 1), "above", MARGIN),
+            mark="ceiling" if k == 5 and level(k) == 1 else "",  # an absence with room can show
+        )
+        for name, k, statement, rule in texts
+    ]  # fmt: skip
+
+
+def sizes_table(sizes: Mapping[str, Smallest]) -> pd.DataFrame:
+    """The smallest sizes that matter and where they come from, by the table that they belong to."""
+    return pd.DataFrame([{"table": name, **asdict(size)} for name, size in sizes.items()])
 
 
 def claimed_latents(

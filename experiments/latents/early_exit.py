@@ -32,16 +32,18 @@ from codi.decode import decode_answers
 from codi.forced import forced
 from experiments.figures.series import draw_series
 from experiments.figures.style import CONTROL, FAINT, SERIES, legend, new_figure
-from experiments.latents.claims import number_claims
+from experiments.latents.claims import STAR, number_questions, sizes_table
 from experiments.latents.options import EarlyExitOptions
 from experiments.statistics.clusters import Settings, cluster_codes, cluster_sums, interval_of
-from experiments.statistics.effects import Selector, compare, levels, row_of, rows_of
-from experiments.statistics.words import interval, p_text
+from experiments.statistics.effects import Selector, compare, differences, levels, row_of, rows_of, weighed
+from experiments.statistics.words import interval, p_text, visible
 from experiments.study.answers import answer_table, trial_schema
 from experiments.study.claims import ClaimsTable
+from experiments.study.limits import limits
 from experiments.study.parts import Part, Workbench
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.verdicts import judged_together
 from experiments.tasks.split import Split
 from steering.directions import generator
 
@@ -301,22 +303,30 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     controls = [policy(name, shuffled=True) for name in ("confidence", "stable")]
     contrasts = [(one, fixed(n)) for one in (*(fixed(k) for k in range(n)), *deciding, *controls)]
     contrasts += list(zip(deciding[:2], controls, strict=True))
+    steps = [(after(k), after(k - 1)) for k in range(1, n + 1)]
+    gains, size = weighed(answers, steps, COUNT, settings=settings)
     tables = {
         "exits": levels(answers, COUNT, settings=settings),
         "agreement": levels(answers, COUNT, "agrees", settings),
-        "steps": compare(answers, [(after(k), after(k - 1)) for k in range(1, n + 1)], COUNT, settings=settings),
+        "steps": gains,
         "calibration": reliable[0],
         "reliability": reliable[1],
         "policies": compare(stopped, contrasts, POLICY, settings=settings),
-        "cost": levels(stopped, POLICY, "latents", settings),
+        "cost": levels(stopped, POLICY, "latents", settings, (0, n)),
+        "sizes": sizes_table({"steps": size}),
     }
-    claims = ClaimsTable(number_claims(lambda k: row_of(tables["steps"], after(k), after(k - 1)), n))
+    change = differences(answers, steps, COUNT)
+    questions = number_questions(
+        lambda k: change[k - 1].to_numpy(), lambda k: row_of(tables["exits"], after(k))["mean"], n
+    )
+    claims = ClaimsTable(judged_together(questions, change.index.get_level_values("cluster").to_numpy(), settings))
+    seen = limits(answers[answers["n_latents"] == n], len(contrasts), settings)
     caption = (
         "Answers after each number of latents; how far confidence can be trusted (size of a point: answers in the "
         f"bin); accuracy against latents used. {100 * settings.level:g} % intervals over clusters."
     )
     return Findings(
-        words(plan, tables, threshold),
+        words(plan, tables, threshold, seen),
         tables,
         lambda: figures(tables, answers, stopped, n),
         {"early-exit": caption},
@@ -324,15 +334,16 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     )
 
 
-def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float) -> list[Section]:
-    """The summary, section by section."""
+def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float, seen: str) -> list[Section]:
+    """The summary, section by section; `seen` says what policies could lose or gain so that it showed."""
     n, cost = plan.n_latents, tables["cost"]
     found = []
     for name in ("confidence", "stable", "oracle"):
         change = row_of(tables["policies"], policy(name), fixed(n))
         found.append(
             f"{name}: {n - row_of(cost, policy(name))['mean']:.2f} of {n} latents saved at "
-            f"{interval(change, 'difference')} points of accuracy ({p_text(change['p'])})"
+            f"{interval(change, 'difference')} points of accuracy ({p_text(change['p'])}; {visible(change)} points "
+            "could have been told from none)"
         )
     control = []
     for name in ("confidence", "stable"):
@@ -340,7 +351,9 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float) -> l
         control.append(f"{name} {interval(change, 'difference')} points ({p_text(change['p'])})")
     return [
         Section(_by_latents(plan, tables)),
-        Section(f"Threshold {threshold:.3f} from the derivation prompts. " + "; ".join(found) + ".", "Policies"),
+        Section(
+            f"Threshold {threshold:.3f} from the derivation prompts. {'; '.join(found)}. {seen}".strip(), "Policies"
+        ),
         Section(
             "Against the same stopping times dealt out to other prompts: " + "; ".join(control) + ".",
             "Is it the prompt that decides?",
@@ -350,10 +363,11 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float) -> l
 
 def _by_latents(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> str:
     """Accuracy, gain, agreement and calibration after each number of latents."""
-    final = row_of(tables["exits"], after(plan.n_latents))
+    final, size = row_of(tables["exits"], after(plan.n_latents)), row_of(tables["sizes"], {"table": "steps"})
     lines = [
         f"{int(final['n'])} prompts of {plan.asked} in {int(final['n_clusters'])} clusters; per cent, "
-        f"{100 * plan.settings.level:g} % intervals over clusters. Gain: against one latent fewer (* q < 0.05).",
+        f"{100 * plan.settings.level:g} % intervals over clusters. Gain: against one latent fewer ({STAR}, "
+        f"{100 * size['size']:.1f} points: {size['words']}).",
         "",
         "| latents | accuracy | gain | same answer as in the end | confidence | ECE | Brier skill | AUROC |",
         "|---|---|---|---|---|---|---|---|",
@@ -363,7 +377,7 @@ def _by_latents(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> str:
         gain = ""
         if k > 0:
             step = row_of(tables["steps"], after(k))
-            gain = interval(step, "difference") + ("*" if step["q"] < 0.05 else "")
+            gain = interval(step, "difference") + ("*" if step["matters"] else "")
         shares = [interval(row_of(tables[name], after(k))) for name in ("exits", "agreement")]
         lines.append(
             f"| {k} | {shares[0]} | {gain} | {shares[1]} | "

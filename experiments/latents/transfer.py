@@ -33,18 +33,21 @@ from torch import Tensor
 from codi import Intervention
 from experiments.figures.series import draw_points, spread
 from experiments.figures.style import GUIDE, SERIES, legend, new_figure
+from experiments.latents.claims import STAR, sizes_table
 from experiments.latents.donors import Given, Noise, by_key, check_known, key_of, latents_of, other_keys, put_in
 from experiments.latents.options import TransferOptions
 from experiments.statistics.clusters import Settings
-from experiments.statistics.effects import Selector, compare, levels, row_of, rows_of
-from experiments.statistics.words import interval
+from experiments.statistics.effects import Selector, differences, levels, row_of, rows_of, weighed
+from experiments.statistics.words import interval, visible
 from experiments.study.answers import answer_table, trial_schema
-from experiments.study.claims import Claim, ClaimsTable, effect_claim, judge
+from experiments.study.claims import ClaimsTable
+from experiments.study.limits import limits
 from experiments.study.parts import Part, Workbench
 from experiments.study.result import Result, Section
 from experiments.study.rows import answer_rows
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.study.thoughts import think
+from experiments.study.verdicts import Question, judged_together, no_room
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from steering.directions import generator
@@ -59,6 +62,10 @@ Story = tuple[str, str, int]
 """Template, operation, number of tokens."""
 LEVELS = ("vectors", "slots")
 DONORS = ("same value", "other value")
+RECOVERED = 0.05
+"""A recovery of accuracy by less than this (five points) counts as none, in claims of both kinds."""
+ENOUGH = 0.2
+"""Unedited accuracy below this leaves nothing that could be recovered."""
 
 TRANSFERS = trial_schema(
     state=pa.string(),
@@ -304,55 +311,76 @@ def _edits(
 def conclude(plan: Plan, trials: Trials) -> Findings:
     """Tables, figure, claims and words."""
     moved, settings = trials["transfer"], plan.settings
-    pairs = [(one, given_back(one["state"])) for one in conditions() if one["kind"] != "nothing"]
+    put_back = [(one, given_back(one["state"])) for one in conditions() if one["kind"] != "nothing"]
+    pairs = [*put_back]
     pairs += [(given_back("ablated"), given_back("intact")), (given_back("leaky"), given_back("ablated"))]
     pairs += [
         (given_back("ablated", "same value", level), given_back("ablated", "other value", level)) for level in LEVELS
     ]
+    effects, size = weighed(moved, pairs, GIVEN, settings=settings, of=put_back)
     tables = {
         "levels": levels(moved, GIVEN, settings=settings),
-        "effects": compare(moved, pairs, GIVEN, settings=settings),
+        "effects": effects,
         "donor_levels": levels(moved[moved["donor_answer"].notna()], GIVEN, "donor", settings),
+        "sizes": sizes_table({"effects": size}),
     }
+    unedited = moved[(moved["state"] == "intact") & (moved["kind"] == "nothing")]
     caption = (
         "Share of prompts whose own answer, and whose donor's answer, comes, for every state of the prompt and kind of "
         f"latents put in; {100 * settings.level:g} % intervals over clusters."
     )
     return Findings(
-        words(plan, tables), tables, lambda: {"transfer": figure_of(tables)}, {"transfer": caption}, claims_of(tables)
+        words(plan, tables, limits(unedited, len(pairs), settings)),
+        tables,
+        lambda: {"transfer": figure_of(tables)},
+        {"transfer": caption},
+        claims_of(plan, tables, moved),
     )
 
 
-def claims_of(tables: Mapping[str, pd.DataFrame]) -> ClaimsTable:
-    """C6."""
-    claims = ClaimsTable()
-    base = float(row_of(tables["levels"], given_back("intact"))["mean"])
-    for level in LEVELS:
-        for name, statement in (
-            ("own", "own latents recover part of the ablated prompt"),
-            ("same value", "latents of the same value from another template recover part of it"),
-            ("other value", "latents of another value recover nothing"),
-        ):
-            row = row_of(tables["effects"], given_back("ablated", name, level), given_back("ablated"))
-            bound = {"below": 0.05} if name == "other value" else {"above": 0.0}
-            rule = "accuracy against nothing put back is " + ("below 0.05" if name == "other value" else "above 0")
-            if base < 0.2:
-                note = f"unedited accuracy is {base:.2f}: there is too little to recover"
-                claims.add(Claim(f"C6 ({name}, {level})", statement, rule, "not testable", note=note))
-                continue
-            verdict = judge(row["lower"], row["upper"], **bound)
-            claims.add(effect_claim(f"C6 ({name}, {level})", statement, rule, verdict, row))
-    return claims
+def claims_of(plan: Plan, tables: Mapping[str, pd.DataFrame], trials: pd.DataFrame) -> ClaimsTable:
+    """C6, judged together: latents recover part of the accuracy that the ablation took, those of another value none."""
+    base, chance = (row_of(tables["levels"], given_back(state))["mean"] for state in ("intact", "ablated"))
+    blocked = no_room(chance, "above", RECOVERED)
+    if base < ENOUGH:
+        blocked = f"unedited accuracy is {base:.2f}: there is too little to recover"
+    statements = {
+        "own": "own latents recover part of the ablated prompt",
+        "same value": "latents of the same value from another template recover part of it",
+        "other value": "latents of another value recover nothing",
+    }
+    asked = [(kind, level) for level in LEVELS for kind in statements]
+    pairs = [(given_back("ablated", kind, level), given_back("ablated")) for kind, level in asked]
+    change = differences(trials, pairs, GIVEN)
+    questions = []
+    for place, (kind, level) in enumerate(asked):
+        absence = kind == "other value"
+        questions.append(
+            Question(
+                f"C6 ({kind}, {level})",
+                statements[kind],
+                f"accuracy against nothing put back is {'below' if absence else 'above'} {RECOVERED}",
+                change[place].to_numpy(),
+                above=None if absence else RECOVERED,
+                absent=RECOVERED if absence else None,
+                side="above",
+                bounds=(-1, 1),
+                room=(-chance, 1 - chance),
+                blocked=blocked,
+            )
+        )
+    clusters = change.index.get_level_values("cluster").to_numpy()
+    return ClaimsTable(judged_together(questions, clusters, plan.settings))
 
 
-def words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
-    """The summary, section by section."""
-    level_of, effects = tables["levels"], tables["effects"]
+def words(plan: Plan, tables: Mapping[str, pd.DataFrame], seen: str) -> list[Section]:
+    """The summary, section by section; `seen` says what the run can see."""
+    level_of, effects, size = tables["levels"], tables["effects"], row_of(tables["sizes"], {"table": "effects"})
     first = row_of(level_of, given_back("intact"))
     lines = [
         f"{int(first['n'])} prompts of {plan.asked} in {int(first['n_clusters'])} clusters; per cent, "
         f"{100 * plan.settings.level:g} % intervals over clusters; change against nothing put back into the same "
-        "prompt (* q < 0.05).",
+        f"prompt ({STAR}, {100 * size['size']:.1f} points: {size['words']}). {seen}".strip(),
         "",
         "| prompt + latents | own answer | change | donor's answer |",
         "|---|---|---|---|",
@@ -361,7 +389,7 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
         change = shown = ""
         if one["kind"] != "nothing":
             row = row_of(effects, one, given_back(one["state"]))
-            change = interval(row, "difference") + ("*" if row["q"] < 0.05 else "")
+            change = interval(row, "difference") + ("*" if row["matters"] else "")
         if one["kind"] == "other value":
             shown = interval(row_of(tables["donor_levels"], one))
         lines.append(f"| {label(one)} | {interval(row_of(level_of, one))} | {change} | {shown} |")
@@ -376,8 +404,11 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
     ]
     for level in LEVELS:
         row = row_of(effects, *(given_back("ablated", kind, level) for kind in DONORS))
-        survives = "(survives correction)." if row["q"] < 0.05 else "(does not survive correction)."
-        text = f"Same value against other value: {interval(row, 'difference')} points {survives}"
+        found_or_not = "survives correction and is beyond the size that matters"
+        if not row["matters"]:
+            found_or_not = "not found: it does not survive correction, or is not beyond the size that matters"
+            found_or_not += f"; {visible(row)} points could have been told from none"
+        text = f"Same value against other value: {interval(row, 'difference')} points ({found_or_not})."
         found.append(Section(text, f"What the latents carry ({level})"))
     return found
 

@@ -23,6 +23,7 @@ from pandas.api import types
 
 from experiments.statistics.clusters import Settings, cluster_codes, cluster_interval, cluster_sums
 from experiments.statistics.paired import benjamini_hochberg, max_statistic_p, mcnemar_p, sign_flip_p
+from experiments.statistics.sizes import Smallest, smallest_size
 
 __all__ = [
     "Bounds",
@@ -33,6 +34,7 @@ __all__ = [
     "differences",
     "levels",
     "per_prompt",
+    "reach",
     "row_of",
     "rows_of",
 ]
@@ -272,6 +274,47 @@ def beyond(table: pd.DataFrame, size: float, alpha: float = 0.05, name: str = "d
     return outside & (table["q"].to_numpy(float) < alpha)
 
 
+def size_of(
+    trials: pd.DataFrame,
+    contrasts: Sequence[tuple[Selector, Selector]],
+    by: Sequence[str],
+    outcome: str = "correct",
+    settings: Settings | None = None,
+) -> Smallest:
+    """The smallest size that matters of some paired differences, from what the wording of a prompt makes of them.
+
+    Args:
+        trials: as for `compare`, with the form of each prompt in the column template ("" or one each: no forms).
+        contrasts, by, outcome, settings: as for `compare`; all contrasts share one size.
+    """
+    wide = differences(trials, contrasts, by, outcome)
+    forms = trials.drop_duplicates("prompt_id").set_index("prompt_id")["template"]
+    names = wide.index.get_level_values("prompt_id")
+    clusters = wide.index.get_level_values("cluster").to_numpy()
+    return smallest_size(wide.to_numpy(), clusters, forms.reindex(names).to_numpy(), seed=(settings or Settings()).seed)
+
+
+def weighed(
+    trials: pd.DataFrame,
+    contrasts: Sequence[tuple[Selector, Selector]],
+    by: Sequence[str],
+    outcome: str = "correct",
+    settings: Settings | None = None,
+    bounds: Bounds | None = None,
+    of: Sequence[tuple[Selector, Selector]] | None = None,
+) -> tuple[pd.DataFrame, Smallest]:
+    """`compare`, with a column `matters`: significant, and larger than wording makes of it (`beyond` `size_of`).
+
+    Args:
+        trials, contrasts, by, outcome, settings, bounds: as for `compare` and `size_of`.
+        of: contrasts that the size is read from; None: all.
+    """
+    settings = settings or Settings()
+    table = compare(trials, contrasts, by, outcome, settings, bounds)
+    size = size_of(trials, contrasts if of is None else of, by, outcome, settings)
+    return table.assign(matters=beyond(table, size.size, settings.alpha)), size
+
+
 # --- Rows of a table --------------------------------------------------------------------------------------------------
 
 
@@ -302,3 +345,14 @@ def row_of(table: pd.DataFrame, condition: Selector, reference: Selector | None 
 def rows_of(table: pd.DataFrame, conditions: Sequence[Selector], reference: Selector | None = None) -> pd.DataFrame:
     """The rows with these values, one per selector, in that order; see `row_of`."""
     return pd.DataFrame([row_of(table, condition, reference) for condition in conditions])
+
+
+def reach(row: Mapping[str, Any] | pd.Series, name: str = "difference") -> float:
+    """The smallest effect that could have been told from none: how far the interval of a row reaches from its estimate,
+    on the wider side; infinite if it has no end.
+
+    Args:
+        row: with the columns name, lower and upper.
+        name: column of the estimate.
+    """
+    return float(max(row[name] - row["lower"], row["upper"] - row[name]))

@@ -32,6 +32,8 @@ __all__ = ["FEW", "agreeing", "clopper_pearson", "never_zero_width", "other_shar
 _SAME = 1e-12
 FEW = 10
 """With fewer clusters than this that differ from the commonest value, `rare` speaks."""
+SEEN = 3
+"""So many clusters on one side show how far clusters lie there."""
 
 
 def clopper_pearson(
@@ -154,8 +156,9 @@ def rare(
     """Interval of sums.sum(1) / counts.sum(1) where fewer than FEW clusters, and less than half, differ from the rest.
 
     With the commonest cluster mean v, and the shares of clusters below and above it with their exact bounds, the mean
-    reaches so far down as more clusters may lie below (at the lowest value that is possible) and as fewer may lie above
-    (at the distance that they were seen at), the two as the root of their squares; so far up likewise.
+    reaches so far down as more clusters may lie below and as fewer may lie above (at the distance that they were seen
+    at), the two as the root of their squares; so far up likewise. How far those lie that were not seen: as far as the
+    farthest on their side if at least SEEN are there, otherwise at the end of the range.
 
     Args:
         sums, counts, level, bounds: as for `never_zero_width`.
@@ -181,7 +184,8 @@ def rare(
             number = int(found.sum())
             least, most = (float(bound) for bound in clopper_pearson(number, total, level))
             size = float(np.abs(apart[found]).mean()) if number else 0.0
-            more[side] = (most - number / total) * max(room, 0.0) if room > 0 else 0.0
+            farthest = float(np.abs(apart[found]).max()) if number >= SEEN else max(room, 0.0)
+            more[side] = (most - number / total) * farthest if farthest > 0 else 0.0
             fewer[side] = (number / total - least) * size
         lower[cell] = max(low[cell], estimate - np.hypot(more[-1], fewer[1]))
         upper[cell] = min(high[cell], estimate + np.hypot(more[1], fewer[-1]))

@@ -33,6 +33,7 @@ def family_intervals(
     clusters: Sequence[Any] | np.ndarray,
     bounds: Sequence[tuple[float, float]],
     settings: Settings | None = None,
+    room: Sequence[tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
     """Means of several columns with intervals that hold together at the level of the settings.
 
@@ -41,6 +42,8 @@ def family_intervals(
         clusters: (prompt,) cluster of each prompt.
         bounds: per claim, lowest and highest value that its mean can take; infinite where there is none.
         settings: resamples, level, seed.
+        room: the same given the reference that was measured, for a paired change: (-reference, 1 - reference) of a
+            share. Exact bounds use it; others move with the reference and are cut to `bounds`. None: the bounds.
 
     Returns:
         One row per claim: estimate, lower, upper, n (prompts), n_clusters; NaN where no prompt counts. The range of the
@@ -61,6 +64,7 @@ def family_intervals(
     n, n_clusters = counts.sum(1).astype(int), (counts > 0).sum(1)
     estimate = np.where(n > 0, sums.sum(1) / np.maximum(n, 1), np.nan)
     low, high = (np.array([pair[side] for pair in bounds], float) for side in (0, 1))
+    least, most = (np.array([pair[side] for pair in room or bounds], float) for side in (0, 1))
     weights = settings.weights(len(names))
     claims = int((n > 0).sum())
     if claims > 1:
@@ -68,13 +72,11 @@ def family_intervals(
     else:
         lower, upper = bootstrap_interval(sums, counts, weights=weights, level=settings.level)
     measured = np.flatnonzero(n > 0)
-    sums, counts, low, high = sums[measured], counts[measured], low[measured], high[measured]
+    sums, counts, left = sums[measured], counts[measured], (least[measured], most[measured])
     level = family_level(settings.level, max(claims, 1))
-    lower, upper, _ = never_zero_width(
-        np.maximum(lower[measured], low), np.minimum(upper[measured], high), sums, counts, level=level,
-        bounds=(low, high),
-    )  # fmt: skip
-    below, above = rare(sums, counts, level=level, bounds=(low, high))
+    lower, upper = np.maximum(lower, low)[measured], np.minimum(upper, high)[measured]
+    lower, upper, _ = never_zero_width(lower, upper, sums, counts, level=level, bounds=left)
+    below, above = rare(sums, counts, level=level, bounds=left)
     table = pd.DataFrame({"estimate": estimate, "lower": np.nan, "upper": np.nan, "n": n, "n_clusters": n_clusters})
     table.loc[measured, "lower"], table.loc[measured, "upper"] = np.fmin(lower, below), np.fmax(upper, above)
     return table

@@ -5,12 +5,15 @@ Knows nothing about what the numbers mean, or about where the text goes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-__all__ = ["interval", "markdown", "p_number", "p_text"]
+from experiments.statistics.effects import reach
+
+__all__ = ["interval", "markdown", "p_number", "p_text", "visible"]
 
 
 def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: float = 100, digits: int = 1) -> str:
@@ -27,6 +30,16 @@ def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: floa
     zero = {f"{value:{sign}.{digits}f}" for value in (0.0, -0.0)}
     numbers = [f"{0:.{digits}f}" if text in zero else text.replace("-", "−") for text in numbers]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def visible(row: pd.Series | Mapping[str, Any], name: str = "difference", scale: float = 100, digits: int = 1) -> str:
+    """The smallest effect that could have been told from none, beside a null; "nothing" if there is none.
+
+    Args:
+        row, name, scale, digits: as for `interval`.
+    """
+    least = scale * reach(row, name)
+    return f"{least:.{digits}f}" if math.isfinite(least) else "nothing"
 
 
 def p_text(p: float) -> str:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerOptions",
+    "Bounds",
     "ControlOptions",
     "DrawOptions",
     "IntervalOptions",

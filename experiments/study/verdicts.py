@@ -48,6 +48,7 @@ class Question:
         absent: smallest size that matters, of a claim of absence; None: it is one of presence.
         side: of the absence: "above": no increase, "below": no decrease, "both".
         bounds: lowest and highest value that the mean can take.
+        room: the same given the reference that was measured, see `family_intervals`; None: the bounds.
         blocked: why nothing could show, in words; "": it could.
     """
 
@@ -60,6 +61,7 @@ class Question:
     absent: float | None = None
     side: Side = "both"
     bounds: tuple[float, float] = (-math.inf, math.inf)
+    room: tuple[float, float] | None = None
     mark: str = ""
     blocked: str = ""
     note: str = ""
@@ -93,7 +95,8 @@ def judged_together(
     found = {}
     if asked:
         values = np.stack([np.asarray(one.values, float) for one in asked], axis=1)
-        table = family_intervals(values, clusters, [one.bounds for one in asked], settings)
+        room = [one.room or one.bounds for one in asked]
+        table = family_intervals(values, clusters, [one.bounds for one in asked], settings, room)
         found = {one.name: row for one, (_, row) in zip(asked, table.iterrows(), strict=True)}
     family = len(found)
     claims = []

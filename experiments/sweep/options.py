@@ -18,6 +18,7 @@ from experiments.figures.style import DPI
 from experiments.study.manifest import command_of, read_manifest
 from experiments.study.options import (
     AnswerOptions,
+    Bounds,
     ControlOptions,
     ModelOptions,
     Options,
@@ -253,11 +254,11 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
         return self.task or (LEGACY_TASK if self.legacy else DEFAULT_TASK)
 
     @property
-    def bounds(self) -> dict[str, int | None]:
-        given = (self.min_steps, self.max_steps, self.reach)
-        if self.chosen_task == DEFAULT_TASK and given == (None, None, None):
-            given = (*DEFAULT_STEPS, DEFAULT_REACH)
-        return dict(zip(("min_steps", "max_steps", "reach"), given, strict=True))
+    def bounds(self) -> Bounds:
+        least, most, reach = self.min_steps, self.max_steps, self.reach
+        if self.chosen_task == DEFAULT_TASK and (least, most, reach) == (None, None, None):
+            (least, most), reach = DEFAULT_STEPS, DEFAULT_REACH
+        return {"min_steps": least, "max_steps": most, "reach": reach}
 
 
 def timings_of(options: SweepOptions) -> tuple[Timing, ...]:
