@@ -4,14 +4,19 @@
                         the end-of-thought token reads them from the cache slots of latents 2 and 4 only
     carrier "prompt"    the end-of-thought token reads both from the prompt; latents carry nothing
 
-Both answer step1 + step2, "0" where one of the two does not arrive. The model is a real GPT-2 (two blocks, the second
-does nothing; two heads: head 1 moves step 1, head 2 moves step 2) with a real projection, run by the library's
-own code. Every content is a one-hot of size 1; two ballast coordinates of ±M make every layer norm the
-identity but for 1 %.
+    storing_model(latents)   three latents hold one of three numbers each, in state and cache slot, whatever they
+                        are fed: block 1 of latent k reads it from the prompt, block 2 of the end-of-thought token reads
+                        the slots of those latents
+
+The first two answer step1 + step2, "0" where one of the two does not arrive; the third answers the sum of its numbers.
+The model is a real GPT-2 (two blocks, of the first two models the second does nothing; one head per number that is
+moved) with a real projection, run by the library's own code. Every content is a one-hot of size 1; two ballast
+coordinates of ±M make every layer norm the identity but for 1 %.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import pandas as pd
@@ -175,3 +180,122 @@ def repeated(trials: pd.DataFrame, times: int) -> pd.DataFrame:
 def planted_split(repeats: int = 1) -> Split:
     """Derivation and evaluation prompts that share no cluster."""
     return Split(tuple(planted_problems(repeats, first=100)), tuple(planted_problems(repeats)))
+
+
+# --- A model that stores at chosen latents ----------------------------------------------------------------------------
+
+V = 3  # values of each of the three numbers: 1..3, 4..6, 7..9
+_NAMES = "abc"
+_GROUPS = {"A": V, "B": V, "C": V, "RA": V, "RB": V, "RC": V, "FA": V, "FB": V, "FC": V, "ANS": 19}
+_GROUPS |= dict.fromkeys(
+    ("isA", "isB", "isC", "isE", "isNum", "isBos", *(f"p{k}" for k in range(1, 7)), "up", "down"), 1
+)
+_FIRST = dict(zip(_GROUPS, torch.tensor([0, *_GROUPS.values()]).cumsum(0)[:-1].tolist(), strict=True))
+assert sum(_GROUPS.values()) <= D
+
+
+def storing_tokenizer() -> PreTrainedTokenizerFast:
+    """Words a1..a3, b1..b3, c1..c3, the numbers 0..18, three scenes."""
+    words = ["<s>", "</s>", "<pad>", "<bot>", "<eot>", "[UNK]", "add", "t0", "t1", "t2"]
+    words += [f"{name}{i + 1}" for name in _NAMES for i in range(V)] + [str(i) for i in range(19)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:5]])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@torch.no_grad()
+def storing_model(latents: tuple[int, int, int] = (2, 4, 6)) -> CodiModel:
+    """The model described above: latents[i] holds the i-th number."""
+    tokenizer = storing_tokenizer()
+    ids = tokenizer.get_vocab()
+    config = GPT2Config(
+        vocab_size=len(ids), n_embd=D, n_head=3, n_layer=2, n_positions=32, n_inner=V**3, activation_function="relu",
+        tie_word_embeddings=False, attn_implementation="eager", bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    base = GPT2LMHeadModel(config).eval()
+    for parameter in base.parameters():
+        parameter.zero_()
+    scale = BALLAST / (D / 2) ** 0.5
+    for norm in [base.transformer.ln_f] + [n for block in base.transformer.h for n in (block.ln_1, block.ln_2)]:
+        norm.weight.fill_(scale)
+
+    def place(name: str, i: int = 0) -> int:
+        return _FIRST[name] + i
+
+    wte, wpe, first = base.transformer.wte.weight, base.transformer.wpe.weight, PROMPT + 1  # a number more than above
+    wte[:, place("up")], wte[:, place("down")] = BALLAST, -BALLAST
+    wte[ids["<s>"], place("isBos")] = wte[ids["<eot>"], place("isE")] = 1
+    for name in _NAMES:
+        for i in range(V):
+            wte[ids[f"{name}{i + 1}"], [place(name.upper(), i), place(f"is{name.upper()}")]] = 1
+    for i in range(19):
+        wte[ids[str(i)], place("isNum")] = 1
+    for k in range(1, 7):
+        wpe[first + k - 1, place(f"p{k}")] = 1
+
+    head = D // 3
+    sharp = SHARP * head**0.5
+    for number, (name, latent) in enumerate(zip("ABC", latents, strict=True)):
+        q, k, v = number * head, D + number * head, 2 * D + number * head
+        # who looks, at what, which content is moved where: the latent at the prompt, then the end at the latent
+        for block, reader, token, content, found in (
+            (base.transformer.h[0], f"p{latent}", f"is{name}", name, f"R{name}"),
+            (base.transformer.h[1], "isE", f"p{latent}", f"R{name}", f"F{name}"),
+        ):
+            weight = block.attn.c_attn.weight
+            weight[place(reader), q], weight[place(token), k] = sharp, 1.0
+            block.attn.c_attn.bias[q + 1], weight[place("isBos"), k + 1] = 0.5 * sharp, 1.0  # everybody else: the first
+            for i in range(V):
+                weight[place(content, i), v + i] = 1.0
+                block.attn.c_proj.weight[number * head + i, place(found, i)] = 1.0
+    mlp, output = base.transformer.h[1].mlp, base.lm_head.weight
+    for unit in range(V**3):
+        digits = unit // V**2, unit // V % V, unit % V
+        mlp.c_fc.bias[unit] = 10.0 * digits.count(0) - 35.0  # fires at the end where all three have arrived; the lowest
+        mlp.c_fc.weight[place("isE"), unit] = 10.0  # value is also what is taken if none has
+        for name, i in zip("ABC", digits, strict=True):
+            for other in range(1, V):
+                mlp.c_fc.weight[place(f"F{name}", other), unit] = (10.0 if other == i else 0.0) if i else -5.0
+        mlp.c_proj.weight[unit, place("ANS", sum(digits) + 12)] = 0.2
+    for i in range(19):
+        output[ids[str(i)], place("ANS", i)] = 20.0
+    for offset, name in ((1, "A"), (4, "B"), (7, "C")):
+        for i in range(V):
+            output[ids[str(i + offset)], place(f"R{name}", i)] = 12.0 - 4.0 * i  # what a latent holds can be read
+    output[ids["0"], place("isE")], output[ids["</s>"], place("isNum")] = 3.0, 20.0
+
+    prj = Projection(D, 4)
+    for parameter in prj.parameters():
+        parameter.zero_()
+    second, norm = prj.get_submodule("3"), prj.get_submodule("ln")
+    second.bias[place("up")], second.bias[place("down")] = BALLAST, -BALLAST  # type: ignore[index,operator]
+    norm.weight.fill_(scale)  # type: ignore[operator,union-attr]
+    protocol = answer_only(ids["<pad>"], ids["<bot>"], ids["<eot>"], ids["</s>"])
+    name = f"storing-{''.join(map(str, latents))}"
+    return CodiModel(base, prj, tokenizer, protocol, name=name, checkpoint_hash=name)
+
+
+def storing_split(repeats: int = 3) -> Split:
+    """Prompts with all 27 triples of numbers in three scenes each; the two sides share no cluster."""
+
+    def problems(first: int) -> tuple[Problem, ...]:
+        return tuple(
+            Problem(
+                prompt_id=f"{rank}-{i}-{j}-{k}-{scene}",
+                question=f"add {scene} a{i} b{j} c{k}",
+                answer=i + j + k + 9,
+                steps=(f"?={i}", f"?={j + 3}", f"?={k + 6}", f"{i}+{j + 3}+{k + 6}={i + j + k + 9}"),
+                cluster=f"{rank},{i},{j},{k}",
+                template=scene,
+                operation="addition",
+                numbers=(100 + rank, 200 + i, 300 + j, 400 + k),
+                intermediates=(i, j + 3, k + 6, i + j + k + 9),
+            )
+            for rank in range(first, first + repeats)
+            for i, j, k in itertools.product(range(1, V + 1), repeat=3)
+            for scene in ("t0", "t1", "t2")
+        )
+
+    return Split(problems(1000), problems(0))

@@ -23,11 +23,12 @@ from experiments.alternation.measures import (
     principal_plane,
     readability,
 )
-from experiments.alternation.observe import number_tokens, read
+from experiments.alternation.observe import derivation_latents, mean_slot, number_tokens, read
 from experiments.alternation.options import AlternationOptions
 from experiments.alternation.run import make_plan, parts
 from experiments.study.folder import RunFolder
 from experiments.study.parts import Workbench
+from experiments.study.prompts import Asked
 from experiments.study.run import fill, read_trials
 from experiments.tasks import Problem, is_correct, load_task
 from experiments.tasks.split import Split
@@ -114,7 +115,8 @@ def test_readability_finds_the_latent_that_holds_the_step() -> None:
     states[:, 1] += np.stack([codes[p.intermediates[0]] for p in problems])
     gains = readability(states, problems)
     assert set(gains) == {"step1", "step2", "answer"}
-    assert gains["step1"][:, 1].mean() > 0.5 and abs(gains["step1"][:, 0].mean()) < 0.15
+    assert gains["step1"].gain[:, 1].mean() > 0.5 and abs(gains["step1"].gain[:, 0].mean()) < 0.15
+    assert 0.8 < gains["step1"].reachable <= 1.0
 
 
 def observe(
@@ -202,6 +204,32 @@ def test_ablating_by_its_own_embedding_changes_nothing_and_by_another_does(codi_
         other = codi_model.rollout(run.truncate(latent - 1), 6, [MeanAblation(latent, run.embeddings.mean((0, 1)))])
         torch.testing.assert_close(other.states[:, :latent], run.states[:, :latent])  # earlier latents stay
         assert (other.states[:, latent:] - run.states[:, latent:]).abs().amax(-1).min() > 1e-3
+
+
+def test_a_mean_slot_is_what_all_later_positions_see(
+    observed: tuple[CodiModel, list[Problem], Observations],
+) -> None:
+    """The mean over one prompt is its own slot: nothing changes. That of another prompt changes what comes later."""
+    model, problems, found = observed
+    n = model.n_latents
+    assert set(found.correct_ablated) == {"embedding", "slot"}
+    assert all(right.shape == (5, n) for right in found.correct_ablated.values())
+    batch = model.encode([problem.question for problem in problems[:1]])
+    run = model.rollout(batch, n)
+    for latent, other in ((2, False), (4, True)):
+        source = problems[1] if other else problems[0]
+        bench = Workbench(model, Split((source,), ()))
+        slots = derivation_latents(bench, Asked("t", (0, 1), (0, 0)), 4).slots
+        edit = mean_slot(model, run, latent, slots)
+        edited = model.rollout(run.truncate(latent - 1), n, [edit])
+        assert edited.keys is not None and run.keys is not None and edited.values is not None
+        if other:
+            torch.testing.assert_close(edited.states[:, : latent + 1], run.states[:, : latent + 1])  # h_k is as before
+            assert (edited.states[:, latent + 1 :] - run.states[:, latent + 1 :]).abs().amax(-1).min() > 1e-4
+            torch.testing.assert_close(edited.values[:, latent - 1], slots[1][None, latent - 1].float())
+        else:
+            torch.testing.assert_close(edited.states, run.states, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(edited.keys, run.keys, rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_lens_is_read_below_the_last_layer(

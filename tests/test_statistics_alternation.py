@@ -123,6 +123,25 @@ def test_another_split_explains_more(shape: np.ndarray) -> None:
     assert verdict_of("another split explains more") == "contradicted"
 
 
+NOT_ALTERNATING = {
+    "flat": np.zeros(6),
+    "line": 0.8 * LATENTS,
+    "saturating": 3 * (1 - np.exp(-LATENTS / 1.5)),
+    "sigmoid": 3 / (1 + np.exp(-3 * (LATENTS - 3.5))),
+    "hump": 2 * np.exp(-((LATENTS - 3.0) ** 2) / 2),
+    **{f"step after {k}": 2.0 * (k < LATENTS) for k in range(1, 6)},
+    **{f"latent {k} alone": 2.0 * (k == LATENTS) for k in range(1, 7)},
+}
+
+
+@pytest.mark.parametrize("shape", NOT_ALTERNATING.values(), ids=NOT_ALTERNATING.keys())
+def test_what_does_not_alternate_is_not_found(shape: np.ndarray) -> None:
+    for seed in range(3):
+        for sign in (1.0, -1.0):
+            overall, single = answers(sign * shape, seed, clusters=30)
+            assert not {overall, *single} & {"supported", "alternates, opposite phase"}
+
+
 def test_below_the_size_that_matters_needs_precision_and_without_it_stays_undecided() -> None:
     for seed in range(3):
         for size in (0.0, 0.05, -0.05):
@@ -274,6 +293,38 @@ def test_two_components_are_compared_along_a_given_direction() -> None:
         alternation([Profile("plane", plane, 1, 0.2)], names, QUICK)
     with pytest.raises(ValueError, match="same 59 prompts"):
         alternation([Profile("up", plane, 1, 0.2, direction=up)], names[:-1], QUICK)
+
+
+def test_an_arc_in_a_plane_is_not_alternation() -> None:
+    rng = np.random.default_rng(0)
+    names = np.repeat([f"c{i}" for i in range(20)], 2)
+    zigzag = np.stack([LATENTS / 3.0, 2.0 * EVEN], 1)
+    arc = np.stack([np.cos(LATENTS / 2), np.sin(LATENTS / 2)], 1) * 3
+    for shape, alternates in ((zigzag, True), (arc, False)):
+        apart = contrast_weights(6) @ shape
+        values = shape + 0.2 * rng.normal(size=(40, 6, 2))
+        profile = Profile("plane", values, 1, SMALLEST, direction=apart / np.linalg.norm(apart))
+        assert (alternation([profile], names, QUICK)["answer"][0] == "supported") == alternates
+
+
+def test_a_direction_chosen_by_its_own_contrast_does_not_enter_the_pool() -> None:
+    """Whatever the profile is, along the direction of its own contrast it is positive."""
+    rng = np.random.default_rng(3)
+    profiles, names = simulated(-1.0 * EVEN, noise=0.3)
+    plane = rng.normal(size=(6, 2)) + 0.1 * rng.normal(size=(len(names), 6, 2))
+    apart = contrast_weights(6) @ plane.mean(0)
+    own = Profile("plane", plane, 1, SMALLEST, direction=apart / np.linalg.norm(apart), enters=False)
+    table = alternation([*profiles, own], names, QUICK).set_index("measure")
+    alone = alternation(profiles, names, QUICK).set_index("measure")
+    assert table["contrast"].to_dict()["plane"] > 0
+    assert table["contrast"].to_dict()["pooled"] == alone["contrast"].to_dict()["pooled"]
+    only = alternation([own], names, QUICK)
+    assert only["answer"].iloc[-1] == "not testable: not observed" and only["answer"][0] != "not testable: not observed"
+
+
+def test_nothing_to_test_is_refused() -> None:
+    with pytest.raises(ValueError, match="no profiles"):
+        alternation([], np.array(["a"]), QUICK)
 
 
 def test_the_order_of_prompts_does_not_matter() -> None:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from experiments.statistics.control_tasks import control_labels, folds_by, reachable, type_codes
+from experiments.statistics.control_tasks import control_labels, folds_by, joined, reachable, type_codes
 
 TRIPLES = np.array(list(itertools.product(range(6), range(6), range(4))))
 X, Y, Z = TRIPLES.T
@@ -62,3 +62,11 @@ def test_reachable_by_hand() -> None:
     assert type_codes(["b", "a", "b"], [1, 1, 1]).tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match="one length"):
         type_codes([1, 2], [1])
+
+
+def test_joined_groups_keep_every_type_whole() -> None:
+    pairs, clusters = np.array([0, 0, 1, 2, 2, 3]), np.array(["a", "b", "b", "c", "d", "e"])
+    groups = joined(pairs, clusters)
+    assert groups[0] == groups[1] == groups[2] and groups[3] == groups[4]  # cluster b links pairs 0 and 1
+    assert len(set(groups)) == 3
+    assert len(set(joined(np.arange(6), np.arange(6)))) == 6

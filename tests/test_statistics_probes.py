@@ -52,7 +52,7 @@ def test_a_cluster_that_gives_itself_away_does_not_help() -> None:
     labels, clusters, _, _ = planted()
     names = np.eye(30)[np.repeat(np.arange(30), 4)]
     design = Design.of([Target.of("answer", labels.tolist())], clusters, folds=5, shuffles=2)
-    assert all(len(set(design.folds[np.array(clusters) == name])) == 1 for name in set(clusters))
+    assert all(len(set(design.folds[0][np.array(clusters) == name])) == 1 for name in set(clusters))
     assert probe(names, design).correct["answer"].mean() < 0.7
     leaky = Design.of([Target.of("answer", labels.tolist())], [f"{i}" for i in range(120)], folds=5, shuffles=2)
     assert probe(names, leaky).correct["answer"].mean() > 0.95
@@ -98,3 +98,26 @@ def test_features_must_fit_and_be_finite() -> None:
         probe(coded[:10], design)
     with pytest.raises(ValueError, match="finite"):
         probe(np.where(coded == coded[0, 0], np.nan, coded), design)
+
+
+def test_a_type_is_held_out_whole_and_its_control_task_shows_what_memory_reads() -> None:
+    """Labels that are a function of a pair which recurs in other clusters, and features that only name the pair."""
+    rng = np.random.default_rng(0)
+    pairs = np.repeat(np.arange(12), 20)
+    clusters = [f"{pair},{i % 4}" for i, pair in enumerate(pairs)]
+    labels = rng.integers(3, size=12)[pairs]
+    names = np.eye(12)[pairs] + 0.01 * rng.normal(size=(240, 12))
+    targets = [Target.of("step1", labels.tolist())]
+    options = {"types": {"step1": pairs}, "draws": 3}
+    by_cluster = Design.of(targets, clusters, **options)  # type: ignore[arg-type]
+    by_pair = Design.of(targets, clusters, whole={"step1": pairs}, **options)  # type: ignore[arg-type]
+    leaky, clean = probe(names, by_cluster), probe(names, by_pair)
+    assert leaky.correct["step1"].mean() > 0.95 and leaky.control["step1"].mean() > 0.95  # it reads pairs, not step 1
+    assert clean.correct["step1"].mean() < 0.7 and clean.control["step1"].mean() < 0.7
+    assert all(len(set(by_pair.folds[0][pairs == pair])) == 1 for pair in range(12))
+    table = probe_table([("h", 1, 0)], [leaky], by_cluster, resamples=200)
+    assert table["memory"][0] == 1.0 and abs(table["over_control"][0]) < 0.05
+    assert probe_table([("h", 1, 0)], [clean], by_pair, resamples=200)["memory"][0] == 0.0
+    coded = np.eye(3)[labels] + 0.1 * rng.normal(size=(240, 3))  # a code of the label itself
+    table = probe_table([("h", 1, 0)], [probe(coded, by_pair)], by_pair, resamples=200)
+    assert table["accuracy"][0] > 0.9 and table["over_control_lower"][0] > 0.1

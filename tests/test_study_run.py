@@ -241,3 +241,17 @@ def test_a_foreign_folder_is_refused_with_the_difference(
     assert "is a run of `codi necessity`" in error or "is a run of `codi sweep`" in error
     assert (tmp_path / "manifest.json").read_bytes() == content
     assert json.loads(content)["fingerprint"]
+
+
+@pytest.mark.parametrize("name", ["alternation", "probes"])
+def test_a_folder_of_early_runs_without_identity_is_refused_and_left_as_it_is(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """These two commands wrote manifests of their own kind before there was one run folder."""
+    early = json.dumps({"options": {"task": "templates"}, "checkpoint_hash": "", "versions": {}})
+    (tmp_path / "manifest.json").write_text(early, encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--out", str(tmp_path)])
+    error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(error) == 1 and "it has no identity; choose another --out" in error[0]
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == early

@@ -15,7 +15,7 @@ import pandas as pd
 
 from experiments.alternation.hypothesis import MEASURES, POOLED, TUNED_MEASURES, Measure
 from experiments.alternation.measures import Observations
-from experiments.alternation.verdict import Result, p_words
+from experiments.alternation.verdict import Result
 from experiments.figures.heatmap import Scale, colour_bar, matrix, numbers
 from experiments.figures.series import draw_points, spread
 from experiments.figures.style import FAINT, SERIES, SMALL, legend, new_figure, note, sample_text, styled
@@ -51,9 +51,8 @@ def draw(result: Result) -> Figure:
     level = f"{100 * result.settings.level:g} %"
     note(
         figure,
-        f"Mean at each latent with its {level} interval over number triples. p: corrected over all measures, of no "
-        "contrast between even and odd latents beside the trend; where contradicted, of the smallest contrast that "
-        f"would matter. {sample_text(tests.drop(index='overall'))}",
+        f"{result.task.capitalize()}. Mean at each latent with its {level} interval over clusters; the answer of the "
+        f"rule stands above each panel. {sample_text(tests.drop(index=POOLED.name))}",
     )
     return figure
 
@@ -61,13 +60,9 @@ def draw(result: Result) -> Figure:
 def _panel(ax: Axes, measure: Measure, levels: pd.DataFrame, test: pd.Series) -> None:
     ax.set_title(measure.label, pad=11, fontweight="bold")
     higher = "even" if measure.predicted > 0 else "odd"
-    # a contradiction rests on the test against the smallest contrast that matters, everything else on that against 0
-    p = float(test["p_absent"] if test["verdict"] == "contradicted" else test["p_corrected"])
-    known = test["verdict"] != "not testable" and not np.isnan(p)
-    p_shown = f", p = {p_words(p)}".replace("= <", "<") if known else ""
     ax.text(
-        0.5, 1.03, f"predicted: {higher} higher. {test['verdict']}{p_shown}", transform=ax.transAxes, ha="center",
-        va="bottom", fontsize=SMALL,
+        0.5, 1.03, f"predicted: {higher}. {test['answer']}", transform=ax.transAxes, ha="center", va="bottom",
+        fontsize=SMALL,
     )  # fmt: skip
     ax.set_ylabel(measure.unit, fontsize=6.5)
     if levels.empty:

@@ -21,13 +21,14 @@ import numpy as np
 import pandas as pd
 
 from experiments.statistics.clusters import cluster_codes, cluster_weights
-from experiments.statistics.probes import Design, ProbeScores, Target, probe
-from experiments.study.targets import targets_of
+from experiments.statistics.control_tasks import reachable
+from experiments.statistics.probes import ProbeScores, Target, probe
+from experiments.study.targets import design_of, independent_groups, targets_of
 from experiments.tasks import Problem
 
 __all__ = [
-    "DEPTH", "DIRECTION_RESAMPLES", "Observations", "Readings", "Reference", "chance_corrected", "components",
-    "detection", "end_cosines", "principal_plane", "readability", "steps_of",
+    "DEPTH", "DIRECTION_RESAMPLES", "Observations", "Readability", "Readings", "Reference", "chance_corrected",
+    "components", "detection", "end_cosines", "principal_plane", "readability", "steps_of",
 ]  # fmt: skip
 
 DEPTH = 10
@@ -69,6 +70,26 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Readability:
+    """Held-out hits of linear probes of one target.
+
+    Attributes:
+        correct: (prompt, latent 1..n) with the true labels, 0 or 1.
+        shuffled: the same with shuffled labels, mean over shuffles.
+        reachable: share of prompts whose value occurs in the training part: no probe can score more.
+    """
+
+    correct: np.ndarray
+    shuffled: np.ndarray
+    reachable: float
+
+    @property
+    def gain(self) -> np.ndarray:
+        """(prompt, latent 1..n) hits beyond those of shuffled labels."""
+        return self.correct - self.shuffled
+
+
+@dataclass(frozen=True)
 class Observations:
     """A model's latents on some prompts. A field that is None was not observed.
 
@@ -78,9 +99,10 @@ class Observations:
         forms: value -> token ids that show it (its first token, with and without a space before it).
         places: (prompt, latent 1..n, 2) of h_1..h_n in the plane of the reference.
         reference: latents of other prompts.
-        readable: target ("step1", …, "answer") -> (prompt, latent 1..n) from `readability`.
+        readable: target ("step1", …, "answer") -> what `readability` found.
         correct_after: (prompt, number of latents 0..n) whether the answer after so many latents is right.
-        correct_ablated: (prompt, latent 1..n) whether it is right with that latent's embedding mean-ablated.
+        correct_ablated: what is replaced by its mean ("embedding", "slot") -> (prompt, latent 1..n) whether the answer
+            is then right.
         attention: (prompt, query: latent 1..n then end of thought, key: number tokens, rest of the prompt, latent 1..n)
             attention mass, mean over layers and heads.
         tuned: readings of a tuned lens, layers below the last; None if there is no lens.
@@ -91,9 +113,9 @@ class Observations:
     forms: Mapping[Any, tuple[int, ...]]
     places: np.ndarray
     reference: Reference
-    readable: Mapping[str, np.ndarray] = field(default_factory=dict)
+    readable: Mapping[str, Readability] = field(default_factory=dict)
     correct_after: np.ndarray | None = None
-    correct_ablated: np.ndarray | None = None
+    correct_ablated: Mapping[str, np.ndarray] = field(default_factory=dict)
     attention: np.ndarray | None = None
     tuned: Readings | None = None
 
@@ -127,9 +149,11 @@ class Observations:
             forms=forms,
             places=_places(trials["places"], "states", ids),
             reference=_reference(trials),
-            readable={name: _wide(probes[probes["target"] == name], ids, "gain") for name in probes["target"].unique()},
+            readable={name: _readability(probes[probes["target"] == name], ids) for name in probes["target"].unique()},
             correct_after=_wide(answers[answers["kind"] == "after"], ids, "correct"),
-            correct_ablated=_wide(answers[answers["kind"] == "embedding"], ids, "correct"),
+            correct_ablated={
+                kind: _wide(answers[answers["kind"] == kind], ids, "correct") for kind in ("embedding", "slot")
+            },
             attention=_ordered(attention, ids, "query", masses),
             tuned=_readings(tuned, ids) if len(tuned) else None,
         )
@@ -168,6 +192,11 @@ def _ordered(table: pd.DataFrame, ids: Sequence[str], by: str | list[str], value
 def _wide(table: pd.DataFrame, ids: Sequence[str], column: str) -> np.ndarray:
     """(prompt, latent) values of a column."""
     return _ordered(table, ids, "latent", table[column].to_numpy())
+
+
+def _readability(table: pd.DataFrame, ids: Sequence[str]) -> Readability:
+    correct, shuffled = (_wide(table, ids, column) for column in ("correct", "shuffled"))
+    return Readability(correct, shuffled, float(table["reachable"].iloc[0]))
 
 
 def _places(table: pd.DataFrame, space: str, ids: Sequence[str]) -> np.ndarray:
@@ -322,30 +351,31 @@ def components(latents: np.ndarray, plane: tuple[np.ndarray, np.ndarray, float])
 
 def readability(
     states: np.ndarray, problems: Sequence[Problem], folds: int = 5, shuffles: int = 4, seed: int = 0
-) -> dict[str, np.ndarray]:
+) -> dict[str, Readability]:
     """How well ridge probes read steps and answer from every latent.
 
     Args:
         states: (prompt, latent, feature).
         problems: with known steps.
-        folds, shuffles, seed: see `experiments.statistics.probes.Design`; folds are reduced to the number of clusters.
+        folds, shuffles, seed: see `experiments.study.targets.design_of`; folds are reduced to what the problems allow.
 
     Returns:
-        target ("step1", …, "answer") -> (prompt, latent) held-out hit with the true labels minus the mean of the same
-        with shuffled labels. Targets with too many values for a classifier are left out.
+        target ("step1", …, "answer") -> held-out hits. Targets with too many values for a classifier are left out.
     """
     targets: list[Target] = [t for t in targets_of(problems) if t.name == "answer" or t.name.startswith("step")]
-    clusters = [problem.cluster or problem.prompt_id for problem in problems]
-    folds = min(folds, len(set(clusters)))
+    folds = min(folds, independent_groups(problems))
     if not targets or folds < 3:
         return {}
-    design = Design.of(targets, clusters, folds, shuffles, seed)
+    design = design_of(problems, folds, shuffles, seed, targets=targets)
     scores: list[ProbeScores] = [probe(states[:, k], design) for k in range(states.shape[1])]
     found = {}
-    for target in targets:
-        gain = np.stack([score.correct[target.name] - score.shuffled[target.name] for score in scores], axis=1)
-        if np.isfinite(gain).all():
-            found[target.name] = gain
+    for target, folds_of in zip(targets, design.folds, strict=True):
+        correct, shuffled = (
+            np.stack([getattr(score, kind)[target.name] for score in scores], axis=1)
+            for kind in ("correct", "shuffled")
+        )
+        if np.isfinite(correct).all():
+            found[target.name] = Readability(correct, shuffled, reachable(target.labels, folds_of))
     return found
 
 

@@ -8,9 +8,10 @@
     direction   cosine of the first component and the end-of-thought embedding, and its resamples
     probes      what a linear probe reads from every latent, beyond shuffled labels
     attention   attention mass of latents and end of thought, mean over layers and heads
-    answers     answers after 0..n latents, and with the embedding of one latent replaced by its mean
+    answers     answers after 0..n latents, and with the embedding or the cache slot of one latent replaced by its mean
 
-Knows nothing about predictions, tests or verdicts: measures.py reads these tables.
+Every part is about one task (column `task`). Knows nothing about predictions, tests or verdicts: measures.py reads
+these tables.
 """
 
 from __future__ import annotations
@@ -27,23 +28,25 @@ import torch
 from torch import Tensor
 
 from codi import decode_answers
+from codi.rope import rotate
 from experiments.alternation.measures import DEPTH, components, end_cosines, principal_plane, readability, steps_of
 from experiments.study.answers import answer_table, trial_schema
 from experiments.study.parts import Workbench
+from experiments.study.prompts import Asked
 from experiments.study.thoughts import rollouts
 from experiments.tasks import Problem
 from lm.cache import clone_cache
 from lm.forward import feed
 from steering.means import content_keys
-from steering.replacements import MeanAblation
+from steering.replacements import MeanAblation, Place, ReplaceRows
 
 if TYPE_CHECKING:
     from codi import CodiModel, EncodedBatch, LatentRollout
     from lenses.latent_lens import LatentLens
 
 __all__ = [
-    "SCHEMAS", "answers", "attention", "direction", "forms", "number_tokens", "places", "positions", "probes",
-    "prompts", "read", "reference",
+    "SCHEMAS", "Latents", "answers", "attention", "derivation_latents", "direction", "evaluation_states", "forms",
+    "mean_slot", "number_tokens", "places", "positions", "probes", "prompts", "read", "reference",
 ]  # fmt: skip
 
 _NUMBERS = pa.list_(pa.float64())
@@ -63,7 +66,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     }),
     "direction": pa.schema({"resample": pa.int32(), "cosine": pa.float64()}),
     "probes": pa.schema({
-        "prompt_id": pa.string(), "target": pa.string(), "latent": pa.int16(), "gain": pa.float64()
+        "prompt_id": pa.string(), "target": pa.string(), "latent": pa.int16(), "correct": pa.float64(),
+        "shuffled": pa.float64(), "reachable": pa.float64(),
     }),
     "attention": pa.schema({
         "prompt_id": pa.string(), "query": pa.int16(), "numbers": pa.float32(), "rest": pa.float32(),
@@ -71,9 +75,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     }),
     "answers": trial_schema(kind=pa.string(), latent=pa.int16()),
 }  # fmt: skip
-"""latent is 0 for h_0; query n + 1 is the end of thought; resample -1 stands for all prompts; kind is "after" (latent =
-number of latents) or "embedding" (the latent whose embedding was replaced)."""
+"""Columns of the tables, beside `task`. latent is 0 for h_0; query n + 1 is the end of thought; resample -1 stands for
+all prompts; kind is "after" (latent = number of latents), "embedding" or "slot" (of that latent, replaced)."""
 SCHEMAS["places"] = SCHEMAS["reference"]
+SCHEMAS = {name: schema.append(pa.field("task", pa.string())) for name, schema in SCHEMAS.items()}
 
 
 # --- Shared by the parts ----------------------------------------------------------------------------------------------
@@ -86,40 +91,55 @@ class Latents:
     Attributes:
         states: (prompt, latent 0..n, d_model) h_0..h_n, in the model's dtype.
         means: (latent 1..n, d_model) means of z_1..z_n.
+        slots: keys (rotation undone) and values, (latent 1..n, layer, kv_head, d_head), means of the cache slots.
         keys, values: (prompt, latent 1..n, feature) cache slots, all layers joined, rotation undone.
     """
 
     states: Tensor
     means: Tensor
+    slots: tuple[Tensor, Tensor]
     keys: np.ndarray
     values: np.ndarray
 
 
-def derivation_latents(bench: Workbench, batch_size: int) -> Latents:
+def derivation_latents(bench: Workbench, asked: Asked, batch_size: int) -> Latents:
     """Latents of the derivation prompts."""
     parts: dict[str, list[Tensor]] = {"states": [], "embeddings": [], "keys": [], "values": []}
-    for rows in _batches(bench.prompts.derivation, batch_size):
+    for rows in _batches(_derivation(bench, asked), batch_size):
         for run, members in rollouts(bench.model, rows, bench.model.n_latents, ("embeddings", "keys", "values")):
             assert run.embeddings is not None and run.values is not None
             parts["states"].append(run.states.cpu())
             parts["embeddings"].append(run.embeddings.double().cpu())
-            parts["keys"].append(content_keys(run, bench.model).float().flatten(2).cpu())
-            parts["values"].append(run.values.float().flatten(2).cpu())
+            parts["keys"].append(content_keys(run, bench.model).float().cpu())
+            parts["values"].append(run.values.float().cpu())
             bench.advance(len(members))
     joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    keys, values = joined["keys"], joined["values"]
     return Latents(
-        joined["states"], joined["embeddings"].mean(0), joined["keys"].numpy(), joined["values"].numpy()
-    )  # fmt: skip
+        states=joined["states"],
+        means=joined["embeddings"].mean(0),
+        slots=(keys.double().mean(0), values.double().mean(0)),
+        keys=keys.flatten(2).numpy(),
+        values=values.flatten(2).numpy(),
+    )
 
 
-def evaluation_states(bench: Workbench, batch_size: int) -> Tensor:
+def evaluation_states(bench: Workbench, asked: Asked, batch_size: int) -> Tensor:
     """(prompt, latent 0..n, d_model) h_0..h_n of the evaluation prompts, in the model's dtype, on the CPU."""
     found = []
-    for rows in _batches(bench.prompts.evaluation, batch_size):
+    for rows in _batches(_evaluation(bench, asked), batch_size):
         for run, members in rollouts(bench.model, rows, bench.model.n_latents, ()):
             found.append(run.states.cpu())
             bench.advance(len(members))
     return torch.cat(found)
+
+
+def _evaluation(bench: Workbench, asked: Asked) -> Sequence[Problem]:
+    return bench.prompts.evaluation[slice(*asked.evaluation)]
+
+
+def _derivation(bench: Workbench, asked: Asked) -> Sequence[Problem]:
+    return bench.prompts.derivation[slice(*asked.derivation)]
 
 
 def _batches(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
@@ -135,9 +155,9 @@ def _states(latents: Latents) -> np.ndarray:
 # --- Prompts and what lenses read -------------------------------------------------------------------------------------
 
 
-def prompts(bench: Workbench, *, seed: int) -> pd.DataFrame:
+def prompts(bench: Workbench, *, seed: int, asked: Asked) -> pd.DataFrame:
     """What is known about the evaluation prompts."""
-    problems = bench.prompts.evaluation
+    problems = _evaluation(bench, asked)
     return pd.DataFrame({
         "prompt_id": [problem.prompt_id for problem in problems],
         "cluster": [problem.cluster or problem.prompt_id for problem in problems],
@@ -146,14 +166,15 @@ def prompts(bench: Workbench, *, seed: int) -> pd.DataFrame:
         "answer": [float(problem.answer) for problem in problems],
         "numbers": [[float(number) for number in problem.numbers] for problem in problems],
         "intermediates": [[float(value) for value in problem.intermediates] for problem in problems],
+        "task": asked.task,
     })  # fmt: skip
 
 
-def forms(bench: Workbench, *, seed: int) -> pd.DataFrame:
+def forms(bench: Workbench, *, seed: int, asked: Asked) -> pd.DataFrame:
     """Token ids that show the values of the evaluation prompts."""
-    values = {value for problem in bench.prompts.evaluation for value in (*steps_of(problem), problem.answer)}
+    values = {value for problem in _evaluation(bench, asked) for value in (*steps_of(problem), problem.answer)}
     rows = [(float(value), token) for value in sorted(values) for token in number_tokens(bench.model, value)]
-    return pd.DataFrame(rows, columns=SCHEMAS["forms"].names)
+    return pd.DataFrame(rows, columns=["value", "token"]).assign(task=asked.task)
 
 
 def number_tokens(model: CodiModel, value: int | float) -> tuple[int, ...]:
@@ -180,14 +201,16 @@ def read(logits: Tensor, depth: int = DEPTH) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def positions(bench: Workbench, *, seed: int, batch_size: int, lens: str = "", lens_name: str = "") -> pd.DataFrame:
+def positions(
+    bench: Workbench, *, seed: int, asked: Asked, batch_size: int, lens: str = "", lens_name: str = ""
+) -> pd.DataFrame:
     """What the model's own head reads from h_0..h_n, and what a tuned lens reads from the layers below the last.
 
     Raises:
         ValueError: a lens that does not read every latent.
     """
-    model, problems = bench.model, bench.prompts.evaluation
-    states = bench.once(evaluation_states, batch_size)
+    model, problems = bench.model, _evaluation(bench, asked)
+    states = bench.once(evaluation_states, asked, batch_size)
     frames: list[pd.DataFrame] = []
     for start in range(0, len(problems), batch_size):
         rows, mine = problems[start : start + batch_size], states[start : start + batch_size].to(model.device)
@@ -198,7 +221,7 @@ def positions(bench: Workbench, *, seed: int, batch_size: int, lens: str = "", l
         for batch in _batches(problems, batch_size):
             for run, members in rollouts(model, batch, model.n_latents, ("hidden_states",)):
                 frames += _tuned_rows(model, chosen, run, members)
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).assign(task=asked.task)
 
 
 def _lens(model: CodiModel, folder: str, name: str) -> LatentLens:
@@ -238,22 +261,22 @@ def _read_rows(
 # --- Places, directions and probes ------------------------------------------------------------------------------------
 
 
-def reference(bench: Workbench, *, seed: int, batch_size: int) -> pd.DataFrame:
+def reference(bench: Workbench, *, seed: int, asked: Asked, batch_size: int) -> pd.DataFrame:
     """Derivation latents in the plane of their own first two components: states, keys and values."""
-    latents = bench.once(derivation_latents, batch_size)
+    latents = bench.once(derivation_latents, asked, batch_size)
     spaces = {"states": _states(latents), "keys": latents.keys, "values": latents.values}
     frames = [
-        _place_rows(bench.prompts.derivation, space, components(array, principal_plane(array, seed)))
+        _place_rows(_derivation(bench, asked), space, components(array, principal_plane(array, seed)))
         for space, array in spaces.items()
     ]
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).assign(task=asked.task)
 
 
-def places(bench: Workbench, *, seed: int, batch_size: int) -> pd.DataFrame:
+def places(bench: Workbench, *, seed: int, asked: Asked, batch_size: int) -> pd.DataFrame:
     """Evaluation states in the plane of the derivation states."""
-    plane = principal_plane(_states(bench.once(derivation_latents, batch_size)), seed)
-    states = bench.once(evaluation_states, batch_size)[:, 1:].float().numpy()
-    return _place_rows(bench.prompts.evaluation, "states", components(states, plane))
+    plane = principal_plane(_states(bench.once(derivation_latents, asked, batch_size)), seed)
+    states = bench.once(evaluation_states, asked, batch_size)[:, 1:].float().numpy()
+    return _place_rows(_evaluation(bench, asked), "states", components(states, plane)).assign(task=asked.task)
 
 
 def _place_rows(problems: Sequence[Problem], space: str, coordinates: np.ndarray) -> pd.DataFrame:
@@ -269,28 +292,31 @@ def _place_rows(problems: Sequence[Problem], space: str, coordinates: np.ndarray
 
 
 @torch.no_grad()
-def direction(bench: Workbench, *, seed: int, batch_size: int) -> pd.DataFrame:
+def direction(bench: Workbench, *, seed: int, asked: Asked, batch_size: int) -> pd.DataFrame:
     """Cosine of the first component of derivation states and the embedding of the end-of-thought token."""
-    model, problems = bench.model, bench.prompts.derivation
+    model, problems = bench.model, _derivation(bench, asked)
     end = model.embed(torch.tensor(model.protocol.eot_id, device=model.device)).float().cpu().numpy()
     clusters = np.array([problem.cluster or problem.prompt_id for problem in problems])
-    cosines = end_cosines(_states(bench.once(derivation_latents, batch_size)), clusters, end, seed)
-    return pd.DataFrame({"resample": np.arange(-1, len(cosines) - 1), "cosine": cosines})
+    cosines = end_cosines(_states(bench.once(derivation_latents, asked, batch_size)), clusters, end, seed)
+    return pd.DataFrame({"resample": np.arange(-1, len(cosines) - 1), "cosine": cosines, "task": asked.task})
 
 
-def probes(bench: Workbench, *, seed: int, batch_size: int) -> pd.DataFrame:
+def probes(bench: Workbench, *, seed: int, asked: Asked, batch_size: int) -> pd.DataFrame:
     """What linear probes read from h_1..h_n of the evaluation prompts."""
-    problems = bench.prompts.evaluation
-    states = bench.once(evaluation_states, batch_size)[:, 1:].float().numpy()
+    problems = _evaluation(bench, asked)
+    states = bench.once(evaluation_states, asked, batch_size)[:, 1:].float().numpy()
     n = states.shape[1]
     frames = [
         pd.DataFrame({
             "prompt_id": np.repeat([problem.prompt_id for problem in problems], n),
             "target": target,
             "latent": np.tile(np.arange(1, n + 1), len(problems)),
-            "gain": gain.ravel(),
+            "correct": read.correct.ravel(),
+            "shuffled": read.shuffled.ravel(),
+            "reachable": read.reachable,
+            "task": asked.task,
         })
-        for target, gain in readability(states, problems, seed=seed).items()
+        for target, read in readability(states, problems, seed=seed).items()
     ]  # fmt: skip
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=SCHEMAS["probes"].names)
 
@@ -298,34 +324,52 @@ def probes(bench: Workbench, *, seed: int, batch_size: int) -> pd.DataFrame:
 # --- Answers ----------------------------------------------------------------------------------------------------------
 
 
-def answers(bench: Workbench, *, seed: int, batch_size: int, max_new_tokens: int | None = None) -> pd.DataFrame:
-    """Answers after 0..n latents, and after n latents of which one was fed its mean embedding."""
+def answers(
+    bench: Workbench, *, seed: int, asked: Asked, batch_size: int, max_new_tokens: int | None = None
+) -> pd.DataFrame:
+    """Answers after 0..n latents, and after n latents of which one was fed its mean embedding or left the mean slot in
+    the cache (which latent k itself does not see, but whatever follows it does)."""
     model, n = bench.model, bench.model.n_latents
-    means = bench.once(derivation_latents, batch_size).means.to(model.device)
+    latents = bench.once(derivation_latents, asked, batch_size)
+    means = latents.means.to(model.device)
     frames = []
-    for problems in _batches(bench.prompts.evaluation, batch_size):
+    for problems in _batches(_evaluation(bench, asked), batch_size):
         run = model.rollout(model.encode([problem.question for problem in problems]), n, keep=("cache",))
         cut = [run.truncate(k) for k in range(n + 1)]
         thoughts = [("after", k, cut[k]) for k in range(n + 1)]
-        thoughts += [
-            ("embedding", k, model.rollout(cut[k - 1], n, (MeanAblation(k, means[k - 1]),), keep=("cache",)))
-            for k in range(1, n + 1)
-        ]
+        for k in range(1, n + 1):
+            edits = {"embedding": MeanAblation(k, means[k - 1]), "slot": mean_slot(model, run, k, latents.slots)}
+            thoughts += [
+                (kind, k, model.rollout(cut[k - 1], n, (edit,), keep=("cache",))) for kind, edit in edits.items()
+            ]
         for kind, latent, thought in thoughts:
             texts = decode_answers(model, thought, max_new_tokens).texts
             frames.append(answer_table(problems, range(len(problems)), texts, kind=kind, latent=latent))
         bench.advance(len(problems))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).assign(task=asked.task)
+
+
+def mean_slot(model: CodiModel, run: LatentRollout, latent: int, slots: tuple[Tensor, Tensor]) -> ReplaceRows:
+    """The cache slot of one latent becomes its mean over other prompts, keys turned to each prompt's own position."""
+    keys, values = (mean[latent - 1].to(model.device) for mean in slots)  # (layer, kv_head, d_head)
+    positions = run.latent_positions[:, latent - 1].to(model.device)
+    turned = rotate(keys.expand(len(run), *keys.shape), positions[:, None, None], model)
+    everyone = torch.ones(len(run), dtype=torch.bool)
+    places: dict[Place, tuple[Tensor, Tensor]] = {}
+    for layer in range(model.n_layers):
+        places["keys", latent, layer + 1] = (everyone, turned[:, layer])
+        places["values", latent, layer + 1] = (everyone, values[layer].expand(len(run), *values.shape[1:]))
+    return ReplaceRows(places)
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
-def attention(bench: Workbench, *, seed: int, batch_size: int) -> pd.DataFrame:
+def attention(bench: Workbench, *, seed: int, asked: Asked, batch_size: int) -> pd.DataFrame:
     """Attention of latents 1..n and of the end of thought to numbers, to the rest of the prompt and to each latent."""
     model, n = bench.model, bench.model.n_latents
     frames = []
-    for problems in _batches(bench.prompts.evaluation, batch_size):
+    for problems in _batches(_evaluation(bench, asked), batch_size):
         batch = model.encode([problem.question for problem in problems])
         mass = _attention(model, batch, model.rollout(batch, n, keep=("attentions", "cache")))
         frames.append(
@@ -338,7 +382,7 @@ def attention(bench: Workbench, *, seed: int, batch_size: int) -> pd.DataFrame:
             })
         )  # fmt: skip
         bench.advance(len(problems))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True).assign(task=asked.task)
 
 
 def _attention(model: CodiModel, batch: EncodedBatch, run: LatentRollout) -> np.ndarray:

@@ -11,6 +11,7 @@ import pandas as pd
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import Selector, compare
 from experiments.statistics.sizes import Smallest
+from experiments.study.storage import carrying
 from experiments.study.verdicts import Question, no_room
 
 __all__ = ["CLAIMED", "MARGIN", "STAR", "claimed_latents", "number_questions", "sizes_table"]
@@ -20,7 +21,7 @@ MARGIN = 0.02
 none."""
 STAR = "* q < 0.05, and the whole interval beyond the size that matters"
 """What a star says, wherever one stands beside an effect."""
-CLAIMED = (3, 5)
+CLAIMED = carrying("embedding")
 """The latents that hold what the answer needs, as C3 has it."""
 
 

@@ -113,7 +113,7 @@ class ProbesOptions(IntervalOptions, RunOptions, SplitOptions, ModelOptions):
     """Linear probes of latents: operation, operands, steps and answer, by space, latent and layer."""
 
     COMMAND: ClassVar[str] = "probes"
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"folds": 3, "shuffles": 1}
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"folds": 3, "shuffles": 1, "control_draws": 1}
 
     out: Path = Path("runs/probes")
     split: str = "all"
@@ -124,9 +124,11 @@ class ProbesOptions(IntervalOptions, RunOptions, SplitOptions, ModelOptions):
     layers: tuple[int, ...] | None = None
     """Layers of h (0..n_layers) and blocks of keys and values (1..n_layers); None: all."""
     folds: int = 5
-    """Parts of the cross-validation; all prompts of a number triple are in one part."""
+    """Parts of the cross-validation: by number triple, for step 1 and operands by their pair (X, Y)."""
     shuffles: int = 4
     """Label shuffles behind the baseline."""
+    control_draws: int = 2
+    """Control tasks of every target: random labels that are the same wherever a pair, number or triple recurs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

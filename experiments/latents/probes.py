@@ -1,14 +1,15 @@
 """`codi probes`: what a linear map can read from each latent, in each space and layer, on numbers it has not seen.
 
 For every space (h: residual stream, z: the fed embedding, keys, values), latent and layer a linear classifier is fitted
-to each target (operation, operands, step1, step2, …, answer) and scored on held-out number triples: accuracy, accuracy
-with shuffled labels, selectivity (their difference), what is reachable at all, and r2 of numbers; how, and from whom,
-is said in experiments/statistics/probes.py. (A published probe took its labels for "intermediate or final" from the
-lens it was meant to confirm and let prompts with the same numbers into both parts; here nothing but the problem gives a
-label.)
+to each target (operation, operands, step1, step2, …, answer) and scored on held-out prompts: by number triple, and for
+step 1 and operands by the pair (X, Y) that they depend on. Beside the accuracy stand shuffled labels, a control task
+that only memory can solve, what is reachable at all, and r2 of numbers; how, and from whom, is said in
+experiments/statistics/probes.py and experiments/study/targets.py. (A published probe took its labels for "intermediate
+or final" from the lens it was meant to confirm and let prompts with the same numbers into both parts; here nothing but
+the problem gives a label.)
 
-Trials: `scores` (a row per space, latent, layer, target and prompt), `design` (labels and folds, a row per target and
-prompt). Knows nothing about lenses, answers or interventions. Runs as `codi probes` or
+Trials: `scores` (a row per space, latent, layer, target and prompt), `design` (label, fold and type, a row per target
+and prompt). Knows nothing about lenses, answers or interventions. Runs as `codi probes` or
 `python -m experiments.latents.probes`.
 """
 
@@ -30,7 +31,7 @@ from experiments.study.folder import TEXT
 from experiments.study.parts import Part, Workbench
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
-from experiments.study.targets import targets_of
+from experiments.study.targets import design_of
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from steering.means import content_keys
@@ -42,11 +43,12 @@ __all__ = ["STUDY", "Plan", "collect", "main", "run", "summary"]
 
 SCORES = pa.schema({
     "space": TEXT, "latent": pa.int16(), "layer": pa.int16(), "target": TEXT, "prompt_id": TEXT,
-    "correct": pa.float64(), "shuffled": pa.float64(), "r2": pa.float64(),
+    "correct": pa.float64(), "shuffled": pa.float64(), "control": pa.float64(), "r2": pa.float64(),
 })  # fmt: skip
-"""correct: 0 or 1 (NaN: a target with too many classes), shuffled: mean over the shuffles; r2: of the whole place."""
+"""correct: 0 or 1 (NaN: a target with too many classes); shuffled, control: means over draws; r2: of the place."""
 DESIGN = pa.schema({
-    "target": TEXT, "prompt_id": TEXT, "cluster": TEXT, "fold": pa.int16(), "label": pa.int32()
+    "target": TEXT, "prompt_id": TEXT, "cluster": TEXT, "fold": pa.int16(), "label": pa.int32(),
+    "type": pa.int32(),
 })  # fmt: skip
 
 
@@ -61,6 +63,7 @@ class Plan:
     layers: tuple[int, ...]
     folds: int
     shuffles: int
+    control_draws: int
     seed: int
     batch_size: int
     settings: Settings
@@ -73,13 +76,14 @@ def make_plan(options: ProbesOptions, model: CodiModel, prompts: Split) -> Plan:
     Raises:
         ValueError: a layer that the model does not have, or more folds than clusters.
     """
-    _design(prompts.evaluation, options.folds, options.shuffles, options.seed)
+    design_of(prompts.evaluation, options.folds, options.shuffles, options.seed)
     spaces = tuple(dict.fromkeys(options.spaces))
     return Plan(
         places=tuple((s, k) for s in spaces for k in range(0 if s == "h" else 1, model.n_latents + 1)),
         layers=_wanted(model, options.layers),
         folds=options.folds,
         shuffles=options.shuffles,
+        control_draws=options.control_draws,
         seed=options.seed,
         batch_size=options.batch_size,
         settings=options.statistics(options.seed),
@@ -96,14 +100,9 @@ def _wanted(model: CodiModel, layers: Sequence[int] | None) -> tuple[int, ...]:
     return wanted
 
 
-def _design(problems: Sequence[Problem], folds: int, shuffles: int, seed: int) -> Design:
-    clusters = [problem.cluster or problem.prompt_id for problem in problems]
-    return Design.of(targets_of(problems), clusters, folds, shuffles, seed)
-
-
 def parts(plan: Plan) -> list[Part]:
     """The design, and a part of the scores per space and latent."""
-    chosen = {"folds": plan.folds, "shuffles": plan.shuffles}
+    chosen = {"folds": plan.folds, "shuffles": plan.shuffles, "draws": plan.control_draws}
     rolled = {"layers": plan.layers, "batch_size": plan.batch_size}
     return [
         Part("design", design, chosen, plan.seed, DESIGN),
@@ -117,9 +116,9 @@ def parts(plan: Plan) -> list[Part]:
     ]  # fmt: skip
 
 
-def the_design(bench: Workbench, folds: int, shuffles: int, seed: int) -> Design:
-    """Targets, folds and shuffles of the evaluation prompts."""
-    return _design(bench.prompts.evaluation, folds, shuffles, seed)
+def the_design(bench: Workbench, folds: int, shuffles: int, draws: int, seed: int) -> Design:
+    """Targets, folds, shuffles and control tasks of the evaluation prompts."""
+    return design_of(bench.prompts.evaluation, folds, shuffles, seed, draws=draws)
 
 
 def states_of(
@@ -129,15 +128,15 @@ def states_of(
     return collect(bench.model, bench.prompts.evaluation, (space,), layers, batch_size, bench.advance)
 
 
-def design(bench: Workbench, *, seed: int, folds: int, shuffles: int) -> pd.DataFrame:
+def design(bench: Workbench, *, seed: int, folds: int, shuffles: int, draws: int) -> pd.DataFrame:
     """What every probe has to read, and in which fold each prompt is held out."""
-    drawn = bench.once(the_design, folds, shuffles, seed)
+    drawn = bench.once(the_design, folds, shuffles, draws, seed)
     ids = [problem.prompt_id for problem in bench.prompts.evaluation]
-    frames = [
-        pd.DataFrame({"prompt_id": ids, "cluster": drawn.clusters, "fold": drawn.folds, "label": target.labels})
-        .assign(target=target.name)
-        for target in drawn.targets
-    ]  # fmt: skip
+    frames = []
+    for target, folds_of, types in zip(drawn.targets, drawn.folds, drawn.types, strict=True):
+        assert types is not None
+        columns = {"cluster": drawn.clusters, "fold": folds_of, "label": target.labels, "type": types}
+        frames.append(pd.DataFrame({"target": target.name, "prompt_id": ids, **columns}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -151,9 +150,10 @@ def scores(
     batch_size: int,
     folds: int,
     shuffles: int,
+    draws: int,
 ) -> pd.DataFrame:
     """Held-out results of one space and latent, at every layer."""
-    drawn = bench.once(the_design, folds, shuffles, seed)
+    drawn = bench.once(the_design, folds, shuffles, draws, seed)
     ids = [problem.prompt_id for problem in bench.prompts.evaluation]
     frames = []
     for (_, k, layer), x in bench.once(states_of, space, layers, batch_size).items():
@@ -162,8 +162,8 @@ def scores(
         found = probe(x, drawn)
         given = {"space": space, "latent": latent, "layer": layer, "prompt_id": ids}
         for name, correct in found.correct.items():
-            columns = {"target": name, "correct": correct, "shuffled": found.shuffled[name], "r2": found.r2[name]}
-            frames.append(pd.DataFrame({**given, **columns}))
+            beside = {"shuffled": found.shuffled[name], "control": found.control[name], "r2": found.r2[name]}
+            frames.append(pd.DataFrame({**given, "target": name, "correct": correct, **beside}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -236,7 +236,8 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     )  # fmt: skip
     about = (
         f"{plan.asked}, {len(drawn.clusters)} prompts in {len(set(drawn.clusters))} number triples; linear probes, "
-        f"{plan.folds} folds by triple, {plan.shuffles} label shuffles."
+        f"{plan.folds} folds by triple (step 1 and operands: by the pair X, Y), {plan.shuffles} label shuffles, "
+        f"{plan.control_draws} control tasks."
     )
     caption = "Selectivity of linear probes of every target, by space, layer and latent."
     return Findings(
@@ -245,14 +246,25 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     )  # fmt: skip
 
 
+def _between(row: pd.Series, name: str) -> str:
+    """An estimate with its interval."""
+    return f"{row[name]:.2f} [{row[f'{name}_lower']:.2f}, {row[f'{name}_upper']:.2f}]"
+
+
 def read_trials(trials: Trials) -> tuple[Design, list[tuple[str, int, int]], list[ProbeScores]]:
-    """Design (without shuffles), places and their scores, from the trial tables."""
+    """Design (without its columns of labels), places and their scores, from the trial tables."""
     rows = {str(name): part for name, part in trials["design"].groupby("target", observed=True, sort=False)}
     first = next(iter(rows.values()))
     targets = tuple(
         Target(name, part["label"].to_numpy(), tuple(range(part["label"].max() + 1))) for name, part in rows.items()
     )
-    drawn = Design(targets, np.array(first["cluster"].tolist()), first["fold"].to_numpy(), ())
+    drawn = Design(
+        targets,
+        np.array(first["cluster"].tolist()),
+        np.stack([part["fold"].to_numpy() for part in rows.values()]),
+        (),
+        types=tuple(part["type"].to_numpy() for part in rows.values()),
+    )
     places, found = [], []
     for _, cell in trials["scores"].groupby(["space", "latent", "layer"], observed=True, sort=False):
         by_target = {str(name): part for name, part in cell.groupby("target", observed=True, sort=False)}
@@ -263,25 +275,36 @@ def read_trials(trials: Trials) -> tuple[Design, list[tuple[str, int, int]], lis
                 correct={name: part["correct"].to_numpy() for name, part in by_target.items()},
                 shuffled={name: part["shuffled"].to_numpy() for name, part in by_target.items()},
                 r2={name: float(part["r2"].iloc[0]) for name, part in by_target.items()},
+                control={name: part["control"].to_numpy() for name, part in by_target.items()},
             )
         )
     return drawn, places, found
 
 
 def summary(table: pd.DataFrame) -> str:
-    """The best place of every target, and its readability from h_k by latent, as markdown."""
-    lines = ["| target | classes | shuffled | reachable | best place | accuracy | selectivity [95 %] | r2 |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    """The best place of every target with its limits, and its readability from h_k by latent, as markdown."""
+    heads = [
+        "target", "classes", "reachable", "shuffled", "control task", "its limit", "best place", "accuracy",
+        "over shuffled [95 %]", "over control [95 %]", "r2",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for target, cells in table[table["target"] != CONTRAST].groupby("target", sort=False):
         cells = cells.sort_values("selectivity", ascending=False, na_position="last")
-        best = cells.iloc[0]
+        best, alike = cells.iloc[0], int((cells["selectivity"] == cells["selectivity"].iloc[0]).sum())
         place = f"{best['space']}, latent {best['latent']}, layer {best['layer']}"
+        place += f" and {alike - 1} alike" if alike > 1 else ""
         r2 = "–" if np.isnan(best["r2"]) else f"{best['r2']:.2f}"
-        interval = f"{best['selectivity']:.2f} [{best['selectivity_lower']:.2f}, {best['selectivity_upper']:.2f}]"
-        lines.append(
-            f"| {target} | {best['classes']} | {best['shuffled']:.2f} | {best['reachable']:.2f} | {place} | "
-            f"{best['accuracy']:.2f} | {interval} | {r2} |"
-        )
+        numbers = (
+            f"{best['reachable']:.3f}", f"{best['shuffled']:.2f}", f"{best['control']:.2f}", f"{best['memory']:.2f}",
+            place, f"{best['accuracy']:.3f}", _between(best, "selectivity"), _between(best, "over_control"), r2,
+        )  # fmt: skip
+        lines.append(f"| {target} | {best['classes']} | {' | '.join(numbers)} |")
+    lines += [
+        "",
+        "reachable: the most that any probe can score, because a value that is only in the held-out part cannot be "
+        "named. control task: labels that are random but the same wherever a type recurs; its limit: how many held-out "
+        "prompts have a type that was in the training part, the most that memory can reach.",
+    ]
     last = table[(table["space"] == "h") & (table["layer"] == table.loc[table["space"] == "h", "layer"].max())]
     if len(last):
         grid = last.pivot(index="target", columns="latent", values="selectivity")

@@ -68,7 +68,8 @@ def draw(table: pd.DataFrame, title: str = "") -> Figure:
         figure.suptitle(title, fontsize=8)
     note(
         figure,
-        "Accuracy of linear probes on number triples they have not seen, minus that of the same probes on shuffled "
+        "Accuracy of linear probes on number triples they have not seen (step 1 and operands: on pairs X, Y they have "
+        "not seen), minus that of the same probes on shuffled "
         f"labels. Latent 0: the begin-of-thought token. {sample_text(table)}",
     )
     return figure

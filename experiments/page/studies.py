@@ -39,7 +39,12 @@ STUDIES: tuple[Entry, ...] = (
     Entry("lens-transfer", ("lens", "transfer"), "Lenses of latents on text tokens, and back.", ("transfer",), LENS),
     Entry("lens-difference", ("lens", "difference"), "The lens on differences of latents.", (), LENS),
     Entry("lens-causal", ("lens", "causal"), "Does the model use what the lens reads?", ("causal",), LENS),
-    Entry("alternation", ("alternation",), "Do even latents store and odd latents compute?", ("alternation",)),
+    Entry(
+        "alternation",
+        ("alternation",),
+        "Do even latents store and odd latents compute?",
+        ("alternation", "alternation-2"),
+    ),  # fmt: skip
     Entry("probes", ("probes",), "What a linear map reads.", ("probes",)),
     Entry("necessity", ("necessity",), "Which latents the answer needs.", ("necessity",)),
     Entry("patch", ("patch",), "Which latents move the answer, and where to.", ("means", "values", "interchange")),

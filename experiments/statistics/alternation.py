@@ -85,6 +85,8 @@ class Profile:
         smallest: smallest contrast that matters, in the unit of the values, above 0.
         bounds: lowest and highest possible value, for floors and ceilings; None: it has none.
         direction: (component,) unit vector along which components are compared; None for one component.
+        enters: whether it enters the pooled measure. One whose direction was chosen by its own contrast must not: it
+            would be positive whatever the profile is.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Profile:
     smallest: float
     bounds: tuple[float, float] | None = None
     direction: np.ndarray | None = None
+    enters: bool = True
 
     def cube(self) -> np.ndarray:
         """(prompt, latent, component)."""
@@ -294,7 +297,7 @@ def alternation(
         profiles: measures over the same prompts.
         clusters: (prompt,).
         settings: resamples, level, alpha, seed.
-        least_measures: testable measures that the pooled answer needs.
+        least_measures: testable measures that the pooled answer needs (of those that enter it).
         pooled_smallest: size that matters of the pooled contrast, in standard deviations; None: from the measures.
 
     Returns:
@@ -319,7 +322,7 @@ def alternation(
         for profile in profiles
     ]  # fmt: skip
     reasons = [_untestable(profile, result) for profile, result in zip(profiles, found, strict=True)]
-    usable = [profile for profile, reason in zip(profiles, reasons, strict=True) if not reason]
+    usable = [profile for profile, reason in zip(profiles, reasons, strict=True) if profile.enters and not reason]
     together = pooled(usable, pooled_smallest) if len(usable) >= least_measures else None
     everything = list(profiles)
     everything.append(together if together is not None else Profile(POOLED, None, 1, float("nan")))

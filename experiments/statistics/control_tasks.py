@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from experiments.statistics.clusters import cluster_codes
 
-__all__ = ["control_labels", "folds_by", "reachable", "type_codes"]
+__all__ = ["control_labels", "folds_by", "joined", "reachable", "type_codes"]
 
 
 def type_codes(*columns: Sequence[Any] | np.ndarray) -> np.ndarray:
@@ -33,6 +35,19 @@ def type_codes(*columns: Sequence[Any] | np.ndarray) -> np.ndarray:
         raise ValueError(f"columns of one length are needed, got {[len(column) for column in columns]}")
     parts = np.stack([cluster_codes(np.asarray(column))[0] for column in columns], axis=1)
     return np.unique(parts, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def joined(*codes: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """(prompt,) the smallest groups that keep every type of every argument whole: prompts that are linked by sharing
+    one type after another. What folds must be made of so that neither a pair of numbers nor a cluster is on both sides.
+    """
+    one = [np.unique(np.asarray(column), return_inverse=True)[1] for column in codes]
+    sizes = [int(column.max()) + 1 for column in one]
+    starts = np.cumsum([0, *sizes])
+    nodes = np.stack([column + start for column, start in zip(one, starts[:-1], strict=True)])
+    first = np.broadcast_to(nodes[:1], nodes[1:].shape).ravel()
+    links = coo_matrix((np.ones(first.size), (first, nodes[1:].ravel())), shape=(starts[-1], starts[-1]))
+    return connected_components(links, directed=False)[1][nodes[0]]
 
 
 def control_labels(types: np.ndarray, labels: np.ndarray, *, draws: int = 1, seed: int = 0) -> np.ndarray:

@@ -2,13 +2,17 @@
 
 A linear classifier is fitted to each target and scored on held-out clusters (number triples):
 
-    accuracy      share of prompts whose class is predicted; cross-validated, no triple in both parts
+    accuracy      share of prompts whose class is predicted; cross-validated, no triple in both parts, and no type
+                  either where one is given: step 1 is a function of (X, Y), which recurs in other triples
     shuffled      the same with labels exchanged between (triple, label) groups: what this probe gets from nothing
-    selectivity   accuracy − shuffled (Hewitt and Liang 2019, arXiv 1909.03368), with an interval over triples
+    selectivity   accuracy − shuffled, with an interval over triples
     reachable     share of prompts whose class occurs in the training part at all; no probe can score more
+    control       the same probe on a control task: every type (such as a pair X, Y) has a random label once and for
+                  all (Hewitt and Liang 2019, arXiv 1909.03368); `over_control` is accuracy − control, with an interval
+    memory        share of prompts whose type occurs in the training part: the most that memory of types can reach
     r2            of numeric targets, also a ridge regression: 1 − squared error / squared error of the training mean
 
-The ridge penalty is chosen per target inside the training part, again by triple. The row "intermediate−final" is the
+The ridge penalty is chosen per target inside the training part, again by fold. The row "intermediate−final" is the
 mean selectivity of the steps before the last minus that of the answer: which of the two the features hold.
 
 The classifier is penalised discriminant analysis (Hastie, Buja and Tibshirani 1995): ridge regression on one column per
@@ -21,8 +25,8 @@ Knows nothing about models, problems, files or figures: features and labels are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from experiments.statistics.clusters import bootstrap_interval, cluster_codes, cluster_weights
+from experiments.statistics.control_tasks import control_labels, folds_by, joined, reachable
 
 __all__ = ["CONTRAST", "MOST_CLASSES", "Design", "ProbeScores", "Target", "probe", "probe_table"]
 
@@ -81,32 +86,49 @@ def _shuffled(labels: np.ndarray, units: np.ndarray, rng: np.random.Generator) -
 
 @dataclass(frozen=True)
 class Design:
-    """Targets, folds and shuffles, the same for every space, latent and layer.
+    """Targets, folds, shuffles and control tasks, the same for every space, latent and layer.
 
     Attributes:
         targets: what is read.
         clusters: (prompt,) number triple of each prompt.
-        folds: (prompt,) part of the cross-validation in which a prompt is held out.
-        columns: per target, (1 + shuffle, prompt) class labels; row 0 holds the true ones.
+        folds: (target, prompt) part of the cross-validation in which a prompt is held out.
+        columns: per target, (1 + shuffle + control draw, prompt) class labels; row 0 holds the true ones.
+        shuffles: how many of the rows are shuffles.
+        types: per target, (prompt,) types of its control task; None: it has none.
     """
 
     targets: tuple[Target, ...]
     clusters: np.ndarray
     folds: np.ndarray
     columns: tuple[np.ndarray, ...]
+    shuffles: int = 0
+    types: tuple[np.ndarray | None, ...] = ()
 
     @classmethod
     def of(
-        cls, targets: Sequence[Target], clusters: Sequence[str], folds: int = 5, shuffles: int = 4, seed: int = 0
+        cls,
+        targets: Sequence[Target],
+        clusters: Sequence[str],
+        folds: int = 5,
+        shuffles: int = 4,
+        seed: int = 0,
+        *,
+        whole: Mapping[str, np.ndarray] | None = None,
+        types: Mapping[str, np.ndarray] | None = None,
+        draws: int = 0,
     ) -> Design:
-        """Draw folds and shuffles.
+        """Draw folds, shuffles and control tasks.
 
         Args:
             targets: at least one.
             clusters: number triple of each prompt.
             folds: at least 3 (one is held out, one chooses the penalty), at most the number of clusters.
             shuffles: at least 1.
-            seed: of both.
+            seed: of all of them.
+            whole: target -> (prompt,) types that must lie in one fold, beside clusters; a target that is not named has
+                folds by cluster.
+            types: target -> (prompt,) types of its control task.
+            draws: control tasks of each target that has types.
 
         Raises:
             ValueError: a number outside its range, lengths that differ.
@@ -123,12 +145,18 @@ class Design:
         for i, (_, held_out) in enumerate(splitter.split(names, groups=names)):
             part[held_out] = i
         rng = np.random.default_rng([seed, 7])
-        columns = []
+        columns, parts, kept = [], [], []
         for target in targets:
             units = np.array([f"{name}\t{label}" for name, label in zip(names, target.labels, strict=True)])
-            shuffled = [_shuffled(target.labels, units, rng) for _ in range(shuffles)]
-            columns.append(np.stack([target.labels, *shuffled]))
-        return cls(tuple(targets), names, part, tuple(columns))
+            rows = [target.labels, *(_shuffled(target.labels, units, rng) for _ in range(shuffles))]
+            own = None if types is None else types.get(target.name)
+            if own is not None and draws:
+                rows += list(control_labels(own, target.labels, draws=draws, seed=seed))
+            groups = None if whole is None else whole.get(target.name)
+            parts.append(part if groups is None else folds_by(joined(groups, names), folds, seed=seed))
+            columns.append(np.stack(rows))
+            kept.append(own)
+        return cls(tuple(targets), names, np.stack(parts), tuple(columns), shuffles, tuple(kept))
 
 
 # --- One probe --------------------------------------------------------------------------------------------------------
@@ -142,11 +170,13 @@ class ProbeScores:
         correct: (prompt,) 0 or 1; NaN for a target with too many classes.
         shuffled: (prompt,) mean over the shuffles of the same.
         r2: of numeric targets; NaN otherwise.
+        control: (prompt,) mean over the control tasks; NaN for a target without any.
     """
 
     correct: dict[str, np.ndarray]
     shuffled: dict[str, np.ndarray]
     r2: dict[str, float]
+    control: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def probe(features: np.ndarray, design: Design) -> ProbeScores:
@@ -154,10 +184,10 @@ def probe(features: np.ndarray, design: Design) -> ProbeScores:
 
     Args:
         features: (prompt, feature).
-        design: targets, folds and shuffles.
+        design: targets, folds, shuffles and control tasks.
 
     Returns:
-        Held-out correctness per prompt, with true and with shuffled labels, and r2.
+        Held-out correctness per prompt, with true, shuffled and control labels, and r2.
 
     Raises:
         ValueError: features that are not (prompt, feature) or not finite.
@@ -167,51 +197,65 @@ def probe(features: np.ndarray, design: Design) -> ProbeScores:
         raise ValueError(f"features must be ({len(design.clusters)} prompts, feature), got {x.shape}")
     if not np.isfinite(x).all():
         raise ValueError("features must be finite")
-    n = len(x)
     targets = design.targets
     # what is fitted: classes (False) and the number itself (True) of every target, each with a penalty of its own
     jobs = [(i, False) for i, target in enumerate(targets) if len(target.classes) <= MOST_CLASSES]
     jobs += [(i, True) for i, target in enumerate(targets) if target.numbers is not None]
-    correct = {target.name: np.full(n, np.nan) for target in targets}
-    shuffled = {target.name: np.full(n, np.nan) for target in targets}
+    correct, shuffled, control = ({target.name: np.full(len(x), np.nan) for target in targets} for _ in range(3))
+    scores = ProbeScores(correct, shuffled, {}, control)
     squares = {target.name: np.zeros(2) for target in targets}
+    for folds in np.unique(design.folds, axis=0):
+        mine = [job for job in jobs if (design.folds[job[0]] == folds).all()]
+        for fold in range(int(folds.max()) + 1):
+            _score_fold(x, design, mine, folds, fold, scores, squares)
+    for target in targets:
+        error, spread = squares[target.name]
+        known = target.numbers is not None and spread > 0
+        scores.r2[target.name] = float(1 - error / spread) if known else float("nan")
+    return scores
 
-    folds = int(design.folds.max()) + 1
-    for fold in range(folds):
-        test = design.folds == fold
-        train = ~test
-        choosing = design.folds == (fold + 1) % folds
-        chosen = _choose_penalties(x, train & ~choosing, choosing, design, jobs)
-        scaler = StandardScaler().fit(x[train])
-        x_train, x_test = scaler.transform(x[train]), scaler.transform(x[test])
-        for penalty in PENALTIES:
-            mine = [job for job, best in zip(jobs, chosen, strict=True) if best == penalty]
-            blocks = [block for job in mine for block in _columns(design, job, train, shuffles=True)]
-            if not blocks:
+
+def _score_fold(
+    x: np.ndarray,
+    design: Design,
+    jobs: list[tuple[int, bool]],
+    folds: np.ndarray,
+    fold: int,
+    scores: ProbeScores,
+    squares: dict[str, np.ndarray],
+) -> None:
+    """Fit the jobs on all folds but one, enter their hits on it into `scores` and their errors into `squares`."""
+    test = folds == fold
+    train = ~test
+    choosing = folds == (fold + 1) % (int(folds.max()) + 1)
+    chosen = _choose_penalties(x, train & ~choosing, choosing, design, jobs)
+    scaler = StandardScaler().fit(x[train])
+    x_train, x_test = scaler.transform(x[train]), scaler.transform(x[test])
+    for penalty in PENALTIES:
+        mine = [job for job, best in zip(jobs, chosen, strict=True) if best == penalty]
+        blocks = [block for job in mine for block in _columns(design, job, train, shuffles=True)]
+        if not blocks:
+            continue
+        fitted, predicted = _ridge(x_train, blocks, penalty, x_train, x_test)
+        place = 0
+        for i, numeric in mine:
+            target = design.targets[i]
+            if numeric:
+                assert target.numbers is not None
+                truth, mean = target.numbers[test], target.numbers[train].mean()
+                squares[target.name] += [((predicted[place][:, 0] - truth) ** 2).sum(), ((truth - mean) ** 2).sum()]
+                place += 1
                 continue
-            fitted, predicted = _ridge(x_train, blocks, penalty, x_train, x_test)
-            place = 0
-            for i, numeric in mine:
-                target = targets[i]
-                if numeric:
-                    assert target.numbers is not None
-                    truth, mean = target.numbers[test], target.numbers[train].mean()
-                    squares[target.name] += [((predicted[place][:, 0] - truth) ** 2).sum(), ((truth - mean) ** 2).sum()]
-                    place += 1
-                    continue
-                hits = []
-                for labels in design.columns[i]:
-                    guess = _discriminate(fitted[place], labels[train], predicted[place])
-                    hits.append((guess == labels[test]).astype(float))
-                    place += 1
-                correct[target.name][test], shuffled[target.name][test] = hits[0], np.mean(hits[1:], axis=0)
-    r2 = {
-        target.name: float(1 - squares[target.name][0] / squares[target.name][1])
-        if target.numbers is not None and squares[target.name][1] > 0
-        else float("nan")
-        for target in design.targets
-    }
-    return ProbeScores(correct, shuffled, r2)
+            hits = []
+            for labels in design.columns[i]:
+                guess = _discriminate(fitted[place], labels[train], predicted[place])
+                hits.append((guess == labels[test]).astype(float))
+                place += 1
+            controls = 1 + design.shuffles
+            scores.correct[target.name][test] = hits[0]
+            scores.shuffled[target.name][test] = np.mean(hits[1:controls], axis=0)
+            if len(hits) > controls:
+                scores.control[target.name][test] = np.mean(hits[controls:], axis=0)
 
 
 def _ridge(x: np.ndarray, blocks: list[np.ndarray], penalty: float, *places: np.ndarray) -> list[list[np.ndarray]]:
@@ -275,6 +319,12 @@ def _choose_penalties(
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
+_ORDER = [
+    "space", "latent", "layer", "target", "accuracy", "lower", "upper", "shuffled", "selectivity", "selectivity_lower",
+    "selectivity_upper", "control", "over_control", "over_control_lower", "over_control_upper", "r2", "classes",
+    "majority", "reachable", "memory", "n", "n_clusters",
+]  # fmt: skip
+
 
 def probe_table(
     places: Sequence[tuple[str, int, int]],
@@ -297,41 +347,48 @@ def probe_table(
 
     Returns:
         Columns space, latent, layer, target, accuracy, lower, upper, shuffled, selectivity, selectivity_lower,
-        selectivity_upper, r2, classes, majority, reachable, n, n_clusters. Rows of the target "intermediate−final" have
-        selectivity only (it lies between −1 and 1).
+        selectivity_upper, control, over_control, over_control_lower, over_control_upper, r2, classes, majority,
+        reachable, memory, n, n_clusters. Rows of the target "intermediate−final" have selectivity only (it lies between
+        −1 and 1); control and memory are NaN for targets without a control task.
     """
     codes, names = cluster_codes(design.clusters)
     weights = cluster_weights(len(names), resamples, seed)
     counts = np.bincount(codes, minlength=len(names))
     steps = [target.name for target in design.targets if target.name.startswith("step")]
-    facts = {target.name: _facts(target, design.folds) for target in design.targets}
+    kinds = design.types or (None,) * len(design.targets)
+    facts = {
+        target.name: _facts(target, folds, types)
+        for target, folds, types in zip(design.targets, design.folds, kinds, strict=True)
+    }
     rows: list[dict[str, Any]] = []
-    sums: list[tuple[np.ndarray, np.ndarray]] = []
+    sums: list[tuple[np.ndarray, ...]] = []
+    nothing = np.full(len(names), np.nan)
 
     def by_cluster(values: np.ndarray) -> np.ndarray:
         return np.bincount(codes, weights=values, minlength=len(names))
 
     for (space, latent, layer), score in zip(places, scores, strict=True):
+        place = {"space": space, "latent": latent, "layer": layer}
         gains = {name: score.correct[name] - score.shuffled[name] for name in score.correct}
         for target in design.targets:
+            name = target.name
+            correct, control = score.correct[name], score.control.get(name, np.full(len(codes), np.nan))
             rows.append({
-                "space": space, "latent": latent, "layer": layer, "target": target.name,
-                "accuracy": score.correct[target.name].mean(), "shuffled": score.shuffled[target.name].mean(),
-                "selectivity": gains[target.name].mean(), "r2": score.r2[target.name], **facts[target.name],
+                **place, "target": name, "accuracy": correct.mean(), "shuffled": score.shuffled[name].mean(),
+                "selectivity": gains[name].mean(), "control": control.mean(),
+                "over_control": (correct - control).mean(), "r2": score.r2[name], **facts[name],
             })  # fmt: skip
-            sums.append((by_cluster(score.correct[target.name]), by_cluster(gains[target.name])))
+            sums.append((by_cluster(correct), by_cluster(gains[name]), by_cluster(correct - control)))
         if steps and "answer" in gains:
             difference = np.mean([gains[name] for name in steps], axis=0) - gains["answer"]
-            rows.append({"space": space, "latent": latent, "layer": layer, "target": CONTRAST,
-                         "accuracy": np.nan, "shuffled": np.nan, "selectivity": difference.mean(), "r2": np.nan,
-                         "classes": 0, "majority": np.nan, "reachable": np.nan})  # fmt: skip
-            sums.append((np.full(len(names), np.nan), by_cluster(difference)))
+            rows.append({**place, "target": CONTRAST, "selectivity": difference.mean(), "classes": 0})
+            sums.append((nothing, by_cluster(difference), nothing))
     table = pd.DataFrame(rows)
-    for column, which, prefix in (("accuracy", 0, ""), ("selectivity", 1, "selectivity_")):
-        values = np.array([pair[which] for pair in sums])
+    for which, prefix in enumerate(("", "selectivity_", "over_control_")):
+        values = np.array([found[which] for found in sums])
         known = np.isfinite(values).all(1)
         lower, upper = np.full(len(values), np.nan), np.full(len(values), np.nan)
-        bounds = (0.0, 1.0) if column == "accuracy" else (-1.0, 1.0)
+        bounds = (-1.0, 1.0) if prefix else (0.0, 1.0)
         if known.any():
             spread = np.broadcast_to(counts, values[known].shape)
             lower[known], upper[known] = bootstrap_interval(
@@ -339,15 +396,13 @@ def probe_table(
             )
         table[f"{prefix}lower"], table[f"{prefix}upper"] = lower, upper
     table["n"], table["n_clusters"] = len(codes), len(names)
-    order = ["space", "latent", "layer", "target", "accuracy", "lower", "upper", "shuffled", "selectivity",
-             "selectivity_lower", "selectivity_upper", "r2", "classes", "majority", "reachable", "n",
-             "n_clusters"]  # fmt: skip
-    return table[order]
+    return table[_ORDER]
 
 
-def _facts(target: Target, folds: np.ndarray) -> dict[str, float]:
-    seen = [
-        np.isin(target.labels[folds == fold], target.labels[folds != fold]).sum() for fold in range(folds.max() + 1)
-    ]
-    majority = np.bincount(target.labels).max() / len(target.labels)
-    return {"classes": len(target.classes), "majority": majority, "reachable": sum(seen) / len(target.labels)}
+def _facts(target: Target, folds: np.ndarray, types: np.ndarray | None) -> dict[str, float]:
+    return {
+        "classes": len(target.classes),
+        "majority": np.bincount(target.labels).max() / len(target.labels),
+        "reachable": reachable(target.labels, folds),
+        "memory": float("nan") if types is None else reachable(types, folds),
+    }

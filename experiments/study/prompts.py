@@ -5,13 +5,51 @@ Knows nothing about options or models; what a task is and how it is divided is i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from experiments.tasks import load_task, with_suffix
 from experiments.tasks.split import Split, load_split
 
-__all__ = ["LEGACY_TRIPLES", "one_split", "published_split", "two_splits"]
+__all__ = ["LEGACY_TRIPLES", "Asked", "JoinedSplit", "joined_split", "one_split", "published_split", "two_splits"]
 
 LEGACY_TRIPLES = 50
 """Number triples of the published prompt set: 50 × 10 scenes × 2 operations = 1,000 prompts."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of one task among those of several: ranges into the two sides of a split. Plain values.
+
+    Attributes:
+        task: its name.
+        derivation, evaluation: first prompt and last + 1.
+    """
+
+    task: str
+    derivation: tuple[int, int]
+    evaluation: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class JoinedSplit(Split):
+    """The prompts of several tasks, one after another. Within a task the two sides share nothing."""
+
+    tasks: tuple[Asked, ...] = ()
+
+
+def joined_split(splits: Mapping[str, Split]) -> JoinedSplit:
+    """One split from those of several tasks, by name."""
+    tasks, derivation, evaluation = [], 0, 0
+    for name, split in splits.items():
+        ends = derivation + len(split.derivation), evaluation + len(split.evaluation)
+        tasks.append(Asked(name, (derivation, ends[0]), (evaluation, ends[1])))
+        derivation, evaluation = ends
+    return JoinedSplit(
+        tuple(problem for split in splits.values() for problem in split.derivation),
+        tuple(problem for split in splits.values() for problem in split.evaluation),
+        tuple(tasks),
+    )
 
 
 def one_split(
