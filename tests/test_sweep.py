@@ -636,7 +636,7 @@ def test_the_command_runs_continues_and_refuses_another_configuration(command, c
         assert (tmp_path / "run" / name).is_file()
     found = Result.read(tmp_path / "run")
     assert found.study == "sweep" and "--coefficients 1" in found.command and found.figures == ()
-    assert [section.heading for section in found.sections] == ["kv (both) · cached"]
+    assert [section.heading for section in found.sections] == ["Words", "kv (both) · cached"]
     assert len(found.tables["cells"]) == 2 and len(found.tables["statistics/controls"]) == 2
     before = frame(RunFolder(tmp_path / "run"))
     code, error = command(capsys)
