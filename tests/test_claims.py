@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.statistics.equivalence import judge_presence
+from experiments.study.claims import Claim, ClaimsTable
 from experiments.study.folder import RunFolder
 
 
@@ -17,26 +18,28 @@ from experiments.study.folder import RunFolder
     ("lower", "upper", "bounds", "verdict"),
     [
         (0.01, 0.2, {"above": 0.0}, "held"),
-        (0.0, 0.2, {"above": 0.0}, "not held"),  # touches the bound
-        (-0.1, 0.2, {"above": 0.0}, "not held"),
+        (0.0, 0.2, {"above": 0.0}, "undecided"),  # touches the bound
+        (-0.1, 0.2, {"above": 0.0}, "undecided"),
+        (-0.2, -0.1, {"above": 0.0}, "not held"),
         (-0.2, -0.1, {"below": 0.0}, "held"),
-        (-0.2, 0.1, {"below": 0.0}, "not held"),
+        (-0.2, 0.1, {"below": 0.0}, "undecided"),
         (-0.01, 0.01, {"above": -0.02, "below": 0.02}, "held"),
-        (-0.03, 0.01, {"above": -0.02, "below": 0.02}, "not held"),
+        (-0.03, 0.01, {"above": -0.02, "below": 0.02}, "undecided"),
+        (0.03, 0.05, {"above": -0.02, "below": 0.02}, "not held"),
         (math.nan, math.nan, {"above": 0.0}, "not testable"),
     ],
 )
 def test_a_claim_is_held_only_if_the_whole_interval_is_on_its_side(
     lower: float, upper: float, bounds: dict[str, float], verdict: str
 ) -> None:
-    assert judge(lower, upper, **bounds) == verdict
+    assert judge_presence(lower, upper, **bounds).verdict == verdict
 
 
 def test_judge_refuses_a_rule_without_bound_and_a_reversed_interval() -> None:
     with pytest.raises(ValueError, match="needs a bound"):
-        judge(0.0, 1.0)
+        judge_presence(0.0, 1.0)
     with pytest.raises(ValueError, match="must not exceed"):
-        judge(1.0, 0.0, above=0.0)
+        judge_presence(1.0, 0.0, above=0.0)
 
 
 def test_a_verdict_needs_its_number_and_a_missing_test_its_reason() -> None:

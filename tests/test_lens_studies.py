@@ -29,6 +29,7 @@ from experiments.lens.options import (
 )
 from experiments.lens.reading import detect as read
 from experiments.lens.saved import lens_hash, lens_identity, reading_identity
+from experiments.statistics.clusters import Settings
 from experiments.study.manifest import fingerprint
 from experiments.study.options import ModelOptions, command_line, identity_of
 from experiments.study.parts import Part, Workbench, run_here
@@ -37,6 +38,7 @@ from experiments.study.run import run_study
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from lenses import LatentLens, new_lens, save_lens, unembed
+from lenses.latent_lens import TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "checkpoints" / "tiny"
@@ -203,6 +205,7 @@ def test_detection_as_a_study(codi_model: CodiModel, folder: Path, tmp_path: Pat
         "detection", "curves-step1", "curves-step2", "curves-answer", "entropy", "number-tokens",
     }  # fmt: skip
     assert all(one.caption for one in kept.figures) and len(kept.claims or ()) == 2
+    assert all(claim.family == 2 and "Bonferroni" in claim.corrected for claim in kept.claims or ())
     whole = pd.read_parquet(options.out / "readings.parquet")
     assert whole["rank"].between(0, 10).all() and "several_tokens" not in whole
     # other words have no part yet; the same run is only counted again
@@ -277,6 +280,21 @@ def test_transfer_and_difference_as_studies(codi_model: CodiModel, folder: Path,
     mine = rows[(rows["lens"] == "all") & (rows["position"] == 3) & (rows["layer"] == 1)]
     assert table[("all", 3, 1)] == pytest.approx(mine["divergence"].mean(), rel=1e-6)
     assert [claim.name for claim in found.claims or ()] == ["S2, lens all"]
+    # worse than the plain lens, better, and neither: each verdict can come out, and two lenses widen the interval
+    kept = rows.assign(lens=rows["lens"].replace({"each": "odd"}))
+    text, own = kept["position"] == TEXT, kept["lens"] == "all"
+    noise = np.random.default_rng(0).normal(size=len(kept))
+    spans = {}
+    for shift, verdict in ((5.0, "held"), (-5.0, "not held"), (0.0, "undecided")):
+        plain = kept.loc[text & (kept["lens"] == "plain")].set_index(["prompt_id", "layer"])["divergence"]
+        at = pd.MultiIndex.from_frame(kept.loc[text & own, ["prompt_id", "layer"]])
+        moved = kept.astype({"divergence": float})
+        moved.loc[text & own, "divergence"] = plain.reindex(at).to_numpy() + shift + noise[: len(at)]
+        (claim,) = transfer.transfer_claims(moved, {"all": (1, 2)}, Settings(resamples=300))
+        assert claim.verdict == verdict and claim.family == 1
+        both = transfer.transfer_claims(moved, {"all": (1, 2), "odd": (1, 3)}, Settings(resamples=300))
+        spans[verdict] = both["S2, lens all"].upper - both["S2, lens all"].lower, claim.upper - claim.lower
+    assert all(two > one for two, one in spans.values())
     with pytest.raises(ValueError, match="transfer needs a trained lens; plain is always beside it"):
         made(TransferOptions(out=tmp_path / "x", lens=folder, read=("plain",)), transfer.STUDY, codi_model)
     options = DifferenceOptions(out=tmp_path / "difference", lens=folder, read=("plain", "each"), figure_layers=(1,))

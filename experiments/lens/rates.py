@@ -5,6 +5,7 @@ Every rate has an interval by bootstrap over clusters. Knows nothing about model
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ import pandas as pd
 from experiments.lens.detection import CHANCES, Detection
 from experiments.lens.options import TOP
 from experiments.statistics.clusters import Settings, mean_intervals
-from experiments.study.claims import Claim, ClaimsTable, judge
+from experiments.statistics.equivalence import family_level, judge_presence
+from experiments.study.claims import Claim, ClaimsTable, effect_claim
 
 __all__ = ["answers", "claims_of", "rates", "readings_of_targets", "summaries", "word_rates"]
 
@@ -150,21 +152,23 @@ def readings_of_targets(readings: pd.DataFrame) -> pd.DataFrame:
 def claims_of(found: Detection, settings: Settings | None = None) -> ClaimsTable:
     """S1 by every tuned lens: means over the layers below the last, latents 2 and 4 (3 and 5) against the others.
 
-    `codi alternation` judges S1 by the model's own head, that is by the last layer.
+    `codi alternation` judges S1 by the model's own head, that is by the last layer. All claims here are one family:
+    each interval is at the level at which all of them hold together.
     """
-    claims = ClaimsTable()
+    claims, settings = ClaimsTable(), settings or Settings()
     latents = [k for k in found.positions if k > 0]
     if not {2, 3, 4, 5} <= set(latents):
         return claims
-    for i, lens in enumerate(found.lenses):
-        if lens != "plain":
-            for claim in _claims_of_lens(found, i, latents, settings):
-                claims.add(claim)
+    tuned = [i for i, lens in enumerate(found.lenses) if lens != "plain"]
+    for i in tuned:
+        for claim in _claims_of_lens(found, i, latents, settings, 2 * len(tuned)):
+            claims.add(claim)
     return claims
 
 
-def _claims_of_lens(found: Detection, i: int, latents: list[int], settings: Settings | None) -> Iterator[Claim]:
-    """Both claims S1 by one lens."""
+def _claims_of_lens(found: Detection, i: int, latents: list[int], settings: Settings, family: int) -> Iterator[Claim]:
+    """Both claims S1 by one lens, as two of a family."""
+    together = dataclasses.replace(settings, level=family_level(settings.level, family))
     answer = found.targets.index("answer")
     places = [found.positions.index(k) for k in latents]
     hits = np.stack([found.rank[i, :, places, :-1, answer] <= k for k in range(1, TOP + 1)], axis=-1)
@@ -176,19 +180,17 @@ def _claims_of_lens(found: Detection, i: int, latents: list[int], settings: Sett
     ):
         mine = values[:, [k in chosen for k in latents]].mean(axis=1, keepdims=True)
         lead = mine - values[:, [k not in chosen for k in latents]]  # over each of the other latents
-        table = mean_intervals(lead, found.clusters, settings, bounds=(-np.inf, np.inf))
+        table = mean_intervals(lead, found.clusters, together, bounds=(-np.inf, np.inf))
         row = table.iloc[int(table["mean"].to_numpy().argmin())]  # the strongest of the other latents
-        yield Claim(
+        yield effect_claim(
             f"{name}, lens {found.lenses[i]}",
             statement,
             f"lead over the strongest other latent, {unit}, mean over layers below the last"
             + (" and k = 1..10" if chosen == (2, 4) else "")
             + "; above 0",
-            judge(float(row["lower"]), float(row["upper"]), above=0.0),
-            float(row["mean"]),
-            float(row["lower"]),
-            float(row["upper"]),
-            int(row["n"]),
-            int(row["n_clusters"]),
+            judge_presence(float(row["lower"]), float(row["upper"]), above=0.0, family=family),
+            row,
             f"latents {latents[0]}..{latents[-1]}: " + ", ".join(f"{v:.3f}" for v in np.nanmean(values, axis=0)),
+            of="mean",
+            corrected=f"Bonferroni, together at {100 * settings.level:g} %" if family > 1 else "",
         )

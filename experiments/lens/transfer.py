@@ -7,7 +7,7 @@ position; position −1 is a token of the question. The plain lens is always the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,8 @@ from experiments.lens.options import TransferOptions
 from experiments.lens.prompts import batches, clusters_of, per_cent, printed, sizes_of
 from experiments.lens.saved import lens_hash, lens_identity, lenses_of, load_lens, load_trained
 from experiments.statistics.clusters import Settings, mean_intervals
-from experiments.study.claims import ClaimsTable, effect_claim, judge
+from experiments.statistics.equivalence import family_level, judge_presence
+from experiments.study.claims import ClaimsTable, effect_claim
 from experiments.study.parts import Part, Workbench
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
@@ -224,14 +225,19 @@ def _with_mean(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values.mean(-1, keepdims=True), values], axis=-1).reshape(len(values), -1)
 
 
-def transfer_claims(table: pd.DataFrame, trained: dict[str, tuple[int, ...]]) -> ClaimsTable:
-    """S2 and its reverse: a lens fails where it reads worse than the plain lens.
+def transfer_claims(readings: pd.DataFrame, trained: dict[str, tuple[int, ...]], settings: Settings) -> ClaimsTable:
+    """S2 of every lens, one family: a lens fails where it reads worse than the plain lens.
 
     Args:
-        table: of `transfer_table`.
+        readings: the trial table, of `transfer_readings`.
         trained: positions that each lens was trained on.
+        settings: the level at which all claims hold together.
     """
     claims = ClaimsTable()
+    number = sum(len(own) > 1 and TEXT not in own for lens, own in trained.items() if lens != "plain")
+    if not number:
+        return claims
+    table = transfer_table(readings, replace(settings, level=family_level(settings.level, number)))
     mean = table[table["layer"] == -1]
     for lens in dict.fromkeys(mean["lens"]):
         own = trained.get(lens, ())
@@ -248,10 +254,11 @@ def transfer_claims(table: pd.DataFrame, trained: dict[str, tuple[int, ...]]) ->
                 f"S2, lens {lens}",
                 "a lens trained on latents fails on text tokens",
                 "KL to the model's output on text tokens minus that of the plain lens, nats, mean over layers; above 0",
-                judge(bounds["lower"], bounds["upper"], above=0.0),
+                judge_presence(float(bounds["lower"]), float(bounds["upper"]), above=0.0, family=number),
                 bounds,
                 note,
                 of="change",
+                corrected=f"Bonferroni, together at {100 * settings.level:g} %" if number > 1 else "",
             )
         )
     return claims
@@ -260,7 +267,7 @@ def transfer_claims(table: pd.DataFrame, trained: dict[str, tuple[int, ...]]) ->
 def conclude(plan: Plan, trials: Trials) -> Findings:
     """Table, figure, claims and words."""
     table = transfer_table(trials["transfer"], plan.settings)
-    claims = transfer_claims(table, dict(plan.trained))
+    claims = transfer_claims(trials["transfer"], dict(plan.trained), plan.settings)
     sample = sizes_of(trials["transfer"])
     caption = (
         "KL of each lens to the model's output, nats, mean over layers, at every position, and its change against the "

@@ -25,7 +25,7 @@ import pandas as pd
 
 from experiments.statistics.equivalence import UNDECIDED, Judgement, ThreeWay
 
-__all__ = ["VERDICTS", "Claim", "ClaimsTable", "Verdict", "effect_claim", "judge"]
+__all__ = ["VERDICTS", "Claim", "ClaimsTable", "Verdict", "effect_claim"]
 
 Verdict = ThreeWay
 VERDICTS: tuple[Verdict, ...] = get_args(ThreeWay)
@@ -96,31 +96,6 @@ class Claim:
         """The smallest effect that this run could have told from none: how far its interval reaches from the estimate,
         on the wider side. Infinite or NaN: none."""
         return max(self.estimate - self.lower, self.upper - self.estimate)
-
-
-def judge(lower: float, upper: float, *, above: float | None = None, below: float | None = None) -> Verdict:
-    """The two-way verdict on "the number is above (below) a bound"; `judge_presence` tells "undecided" from "not held".
-
-    Args:
-        lower, upper: interval of the number; NaN: nothing was measured.
-        above: held only if lower > above.
-        below: held only if upper < below. With both given, both must be true.
-
-    Returns:
-        "held" if the whole interval lies on the claimed side, "not testable" if there is no interval, else "not held"
-        (which includes an interval that crosses the bound: the claim was not confirmed).
-
-    Raises:
-        ValueError: neither bound given, or lower > upper.
-    """
-    if above is None and below is None:
-        raise ValueError("judge needs a bound: above=, below= or both")
-    if math.isnan(lower) or math.isnan(upper):
-        return "not testable"
-    if lower > upper:
-        raise ValueError(f"lower must not exceed upper, got {lower} and {upper}")
-    held = (above is None or lower > above) and (below is None or upper < below)
-    return "held" if held else "not held"
 
 
 def effect_claim(
