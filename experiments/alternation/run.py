@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +33,8 @@ from experiments.study.claims import Claim, ClaimsTable
 from experiments.study.lens_files import lens_digest
 from experiments.study.parts import Part
 from experiments.study.prompts import Asked, JoinedSplit, joined_split
-from experiments.study.result import Result as StudyResult
 from experiments.study.result import Section
-from experiments.study.run import Findings, Study, Trials, run_study, study_identity, to_stderr
+from experiments.study.run import Findings, Study, Trials, study_identity
 from experiments.tasks.split import Split
 
 if TYPE_CHECKING:
@@ -205,17 +204,8 @@ STUDY = Study(
     identity=identity,
 )
 
-
-def run(
-    options: AlternationOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None
-) -> StudyResult:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: AlternationOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run
+main = STUDY.main
 
 
 if __name__ == "__main__":

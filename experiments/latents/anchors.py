@@ -25,7 +25,7 @@ Trials: `resampling`, `suppression`, `heads` (anchors_measures.py). Runs as `cod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,8 @@ from experiments.statistics.words import interval, p_text
 from experiments.study.claims import ClaimsTable
 from experiments.study.limits import least_flips
 from experiments.study.parts import Part
-from experiments.study.result import Result, Section
-from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.result import Section
+from experiments.study.run import Findings, Study, Trials
 from experiments.study.verdicts import Question, judged_together
 from experiments.tasks.split import Split
 
@@ -358,14 +358,8 @@ STUDY = Study(
 )
 
 
-def run(options: AnchorsOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model (with eager attention)."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: AnchorsOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run  # on a model that was loaded with eager attention
+main = STUDY.main
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Trials: `exits` and, for the threshold, `derivation` (n_latents, confidence). Ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,8 +41,8 @@ from experiments.study.answers import answer_table, trial_schema
 from experiments.study.claims import ClaimsTable
 from experiments.study.limits import limits
 from experiments.study.parts import Part, Workbench
-from experiments.study.result import Result, Section
-from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.result import Section
+from experiments.study.run import Findings, Study, Trials
 from experiments.study.verdicts import judged_together
 from experiments.tasks.split import Split
 from steering.directions import generator
@@ -455,17 +455,8 @@ STUDY = Study(
     conclude=conclude,
 )
 
-
-def run(
-    options: EarlyExitOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None
-) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: EarlyExitOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run
+main = STUDY.main
 
 
 if __name__ == "__main__":

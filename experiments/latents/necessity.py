@@ -20,7 +20,7 @@ replaced as `replaced`, draw), see necessity_measures.py. Runs as `codi necessit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import factorial
 from typing import TYPE_CHECKING
@@ -52,8 +52,8 @@ from experiments.study.answers import set_of
 from experiments.study.claims import ClaimsTable
 from experiments.study.limits import limits
 from experiments.study.parts import Part
-from experiments.study.result import Result, Section
-from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.result import Section
+from experiments.study.run import Findings, Study, Trials
 from experiments.study.verdicts import Question, judged_together, no_room
 from experiments.tasks.split import Split
 
@@ -328,17 +328,8 @@ STUDY = Study(
     conclude=conclude,
 )
 
-
-def run(
-    options: NecessityOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None
-) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: NecessityOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run
+main = STUDY.main
 
 
 if __name__ == "__main__":

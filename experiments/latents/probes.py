@@ -29,8 +29,8 @@ from experiments.statistics.clusters import Settings
 from experiments.statistics.probes import CONTRAST, Design, ProbeScores, Target, probe, probe_table
 from experiments.study.folder import TEXT
 from experiments.study.parts import Part, Workbench
-from experiments.study.result import Result, Section
-from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.result import Section
+from experiments.study.run import Findings, Study, Trials
 from experiments.study.targets import design_of
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
@@ -330,15 +330,8 @@ STUDY = Study(
     conclude=conclude,
 )
 
-
-def run(options: ProbesOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: ProbesOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run
+main = STUDY.main
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ from experiments.study.answers import answer_table, trial_schema
 from experiments.study.claims import ClaimsTable
 from experiments.study.limits import limits
 from experiments.study.parts import Part, Workbench
-from experiments.study.result import Result, Section
+from experiments.study.result import Section
 from experiments.study.rows import answer_rows
-from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.run import Findings, Study, Trials
 from experiments.study.thoughts import think
 from experiments.study.verdicts import Question, judged_together, no_room
 from experiments.tasks import Problem
@@ -447,15 +447,8 @@ STUDY = Study(
     conclude=conclude,
 )
 
-
-def run(options: TransferOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: TransferOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run
+main = STUDY.main
 
 
 if __name__ == "__main__":

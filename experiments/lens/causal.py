@@ -10,7 +10,7 @@ Trials: `effects`, a part per latent: one row per latent × layer × kind × dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from experiments.lens.prompts import clusters_of, per_cent, printed, sizes, span
 from experiments.lens.saved import lens_hash, lens_identity, lenses_of, load_lens
 from experiments.statistics.clusters import Settings, mean_intervals
 from experiments.study.parts import Part, Workbench
-from experiments.study.result import Result, Section
+from experiments.study.result import Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
@@ -427,10 +427,7 @@ STUDY = Study(
     identity=identity,
 )
 
-
-def run(options: CausalOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
+run = STUDY.run
 
 
 def main(options: CausalOptions) -> None:

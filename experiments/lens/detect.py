@@ -6,7 +6,7 @@ Knows nothing about how a value is spelled (spellings.py), looked for (reading.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from experiments.lens.reading import detect, shared_positions
 from experiments.lens.saved import lenses_of, load_lens, reading_identity
 from experiments.statistics.clusters import Settings
 from experiments.study.parts import Part, Workbench
-from experiments.study.result import Result, Section
+from experiments.study.result import Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.tasks.split import Split
 from lenses.latent_lens import slug
@@ -304,10 +304,7 @@ STUDY = Study(
     identity=reading_identity,
 )
 
-
-def run(options: DetectOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
+run = STUDY.run
 
 
 def main(options: DetectOptions) -> None:

@@ -25,7 +25,7 @@ from experiments.lens.saved import load_lens, reading_identity
 from experiments.lens.spellings import number_tokens, token_text
 from experiments.study.claims import Claim, ClaimsTable
 from experiments.study.parts import Part, Workbench
-from experiments.study.result import Result, Section
+from experiments.study.result import Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
@@ -347,12 +347,7 @@ STUDY = Study(
     identity=reading_identity,
 )
 
-
-def run(
-    options: DifferenceOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None
-) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
+run = STUDY.run
 
 
 def main(options: DifferenceOptions) -> None:

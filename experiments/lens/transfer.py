@@ -23,7 +23,7 @@ from experiments.statistics.clusters import Settings, mean_intervals
 from experiments.statistics.equivalence import family_level, judge_presence
 from experiments.study.claims import ClaimsTable, effect_claim
 from experiments.study.parts import Part, Workbench
-from experiments.study.result import Result, Section
+from experiments.study.result import Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
@@ -323,10 +323,7 @@ STUDY = Study(
     identity=lambda options, model, prompts: lens_identity(options, model, lens=lens_hash(options.lens)),
 )
 
-
-def run(options: TransferOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
+run = STUDY.run
 
 
 def main(options: TransferOptions) -> None:

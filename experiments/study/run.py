@@ -106,6 +106,17 @@ class Study(Generic[O, P]):
         """Its command, without `codi`."""
         return self.options.COMMAND
 
+    def run(
+        self, options: O, model: CodiModel | None = None, prompts: Split | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> Result:  # fmt: skip
+        """`run_study` of this study: what a process calls that has the model already."""
+        return run_study(self, options, model, prompts, say)
+
+    def main(self, options: O) -> None:
+        """Load, run, print the summary: what a command calls."""
+        print(run_study(self, options, say=to_stderr).markdown())
+
 
 def to_stderr(line: str) -> None:
     """A line for a person."""

@@ -14,8 +14,8 @@ Runs as `codi patch` or `python -m experiments.latents.patch.run`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -29,12 +29,7 @@ from experiments.latents.patch.plan import Plan, make_plan
 from experiments.latents.patch.summary import words
 from experiments.statistics.effects import Selector, compare, levels
 from experiments.study.parts import Part
-from experiments.study.result import Result
-from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
-from experiments.tasks.split import Split
-
-if TYPE_CHECKING:
-    from codi import CodiModel
+from experiments.study.run import Findings, Study, Trials
 
 __all__ = ["STUDY", "Plan", "main", "run"]
 
@@ -153,15 +148,8 @@ STUDY = Study(
     conclude=conclude,
 )
 
-
-def run(options: PatchOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: PatchOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run
+main = STUDY.main
 
 
 if __name__ == "__main__":

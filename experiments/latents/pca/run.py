@@ -14,9 +14,6 @@ Runs as `codi pca` or `python -m experiments.latents.pca.run`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 
@@ -31,12 +28,7 @@ from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import Selector, compare, levels
 from experiments.study.edits.cells import cell_statistics
 from experiments.study.parts import Part
-from experiments.study.result import Result
-from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
-from experiments.tasks.split import Split
-
-if TYPE_CHECKING:
-    from codi import CodiModel
+from experiments.study.run import Findings, Study, Trials
 
 __all__ = ["STUDY", "main", "run"]
 
@@ -152,15 +144,8 @@ STUDY = Study(
     attention="eager",
 )
 
-
-def run(options: PcaOptions, model: CodiModel, prompts: Split, say: Callable[[str], None] | None = None) -> Result:
-    """The study on a loaded model."""
-    return run_study(STUDY, options, model, prompts, say)
-
-
-def main(options: PcaOptions) -> None:
-    """Load, run, print the summary."""
-    print(run_study(STUDY, options, say=to_stderr).markdown())
+run = STUDY.run
+main = STUDY.main
 
 
 if __name__ == "__main__":
