@@ -34,6 +34,12 @@ class Split:
             "evaluation_clusters": len({problem.cluster for problem in self.evaluation}),
         }
 
+    def about(self) -> str:
+        """Sizes in words; "" where nothing is asked."""
+        everyone = self.evaluation or self.derivation
+        clusters = {problem.cluster or problem.prompt_id for problem in everyone}
+        return f"{len(everyone)} prompts in {len(clusters)} clusters" if everyone else ""
+
 
 def digest(problems: Sequence[Problem]) -> str:
     """SHA-256 over ids, questions and answers, in order."""
