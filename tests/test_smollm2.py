@@ -38,7 +38,7 @@ def test_sizes_form_and_card(model):
 
 def test_digits_are_tokens_of_their_own(model):
     pieces = [model.tokenizer.decode([i]) for i in model.tokenizer("costs 1234 now")["input_ids"]]
-    assert pieces == ["c", "osts", " ", "1", "2", "3", "4", " now"] or [p for p in pieces if p.isdigit()] == list("1234")
+    assert [piece for piece in pieces if piece.strip().isdigit()] == list("1234")
 
 
 def test_a_chat_begins_once(model):
@@ -52,11 +52,8 @@ def test_it_knows_who_receives(model):
     """Sentences of the plainest wording are right; with the receiver's name taken away they are not."""
     items = sentences(20, "A", "test", 0, model.tokenizer, words_for(model.tokenizer))
     items = [
-        replace(
-            item,
-            question=f"Then, {item.answer} and {item.wrong} went to the {item.place}. {item.wrong} gave a {item.thing} to",
-        )
-        for item in items
+        replace(i, question=f"Then, {i.answer} and {i.wrong} went to the {i.place}. {i.wrong} gave a {i.thing} to")
+        for i in items
     ]
     model_form, model.form = model.form, "plain"
     try:
