@@ -279,5 +279,6 @@ def _end_of_thought(tokens: pd.DataFrame) -> Claim:
         "held" if abs(first["cosine"]) > 0.5 and first["p"] <= 0.01 else "not held",
         float(first["cosine"]),
         n=int(first["tokens"]),
-        note=f"rank {first['rank']} of {first['tokens']} tokens by |cosine|",
+        note=f"rank {first['rank']} of {first['tokens']} tokens by |cosine|; of one component, without an interval "
+        "(codi alternation judges the same with one)",
     )
