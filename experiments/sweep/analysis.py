@@ -6,14 +6,13 @@ structure.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
 from experiments.study.edits.cells import cell_statistics, control_statistics
-from experiments.study.edits.pairing import Family, families
+from experiments.study.edits.pairing import families, named
 from experiments.study.edits.verdicts import judge_cells
 from experiments.sweep.structure import (
     marginal_effects,
@@ -60,18 +59,8 @@ def analyse(trials: pd.DataFrame, settings: Settings | None = None) -> Analysis:
         consistency=rank_consistency(paired, settings),
         variance=variance_shares(paired, settings),
         symmetry=sign_symmetry(cells),
-        evidence=_named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
-        power=_named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
-        visibility=_named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
+        evidence=named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
+        power=named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
+        visibility=named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
         settings=settings,
     )
-
-
-def _named(paired: Sequence[Family], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all families in one, with the columns that name the family first."""
-    kept = [
-        pd.concat([pd.DataFrame([family.name] * len(table)), table], axis=1)
-        for family, table in zip(paired, tables, strict=True)
-        if len(table)
-    ]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
