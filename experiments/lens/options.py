@@ -16,6 +16,7 @@ import tyro
 
 from experiments.study.options import (
     IntervalOptions,
+    JudgingOptions,
     ModelOptions,
     PromptOptions,
     QuestionOptions,
@@ -188,7 +189,7 @@ class ShowOptions(ReadOptions, SplitOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
-class DetectOptions(ReadingOptions):
+class DetectOptions(JudgingOptions, ReadingOptions):
     """Detection rates of intermediate and final values for k = 1..10, chance level, entropy, word families."""
 
     COMMAND: ClassVar[str] = "lens detect"

@@ -178,10 +178,6 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
     """Evaluation prompts from this file; the same as --task FILE."""
     limit: int | None = 150
     derivation: int = 256
-    derivation_task: str | None = None
-    """Derive directions from the prompts of this other task (a name, file, folder or hub id), so that every prompt of
-    --task can be evaluated; what shares question, cluster or numbers with an evaluated one is left out. With --legacy:
-    the means of the embedding edits only."""
 
     space: Annotated[_Several, tyro.conf.arg(metavar="kv|embedding|hidden …")] = ("kv", "embedding")
     """What is edited: the cache slot of a latent, the vector fed at it, or the state it is projected from."""
@@ -227,10 +223,6 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
         parse_pairs(self.pairs, None)
         for name in ("latents", "layers", "kv_heads"):
             parse_numbers(name.replace("_", "-"), getattr(self, name), None)
-
-    def check_inputs(self) -> None:
-        super().check_inputs()
-        self.check_legacy()
 
     def check_legacy(self) -> None:
         """Refuse what the published scripts cannot do.
