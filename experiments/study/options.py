@@ -59,6 +59,7 @@ __all__ = [
     "StatisticsOptions",
     "StudyOptions",
     "TaskOptions",
+    "ThreadOptions",
     "changed",
     "command_line",
     "identity_of",
@@ -337,11 +338,22 @@ class PublishedPromptOptions(PromptOptions):
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
+class ThreadOptions(Options):
+    """How much of the machine is used."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"threads": 0}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"threads"})
+
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice."""
+
+
+@dataclass(frozen=True)
+class RunOptions(ThreadOptions):
     """Where a run is written, its seed, and how much is computed at once."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1, "threads": 0}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size", "threads"})
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size"})
 
     out: Path = Path("runs/study")
     """Run folder. One that holds the same run is continued; one that holds another run is refused."""
@@ -349,8 +361,6 @@ class RunOptions(Options):
     """Seed of prompts, draws and statistics."""
     batch_size: int = 256
     """Rows computed at once."""
-    threads: int = 0
-    """CPU threads; 0: PyTorch's choice."""
 
     def check_inputs(self) -> None:
         super().check_inputs()

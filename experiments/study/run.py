@@ -25,6 +25,7 @@ from experiments.study.folder import RunFolder, open_run
 from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of, load_model
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
 from experiments.study.progress import no_bar, progress
+from experiments.study.prompts_file import write_prompts
 from experiments.study.result import FigureFiles, Result, Section
 from experiments.tasks.split import Split
 from lm.terms import Attention
@@ -174,6 +175,7 @@ def run_study(
     everyone = (*prompts.evaluation, *([] if prompts.evaluation else prompts.derivation))
     about = f"{len(everyone)} prompts in {len({p.cluster or p.prompt_id for p in everyone})} clusters"
     with open_run(options.out, identity, model=options.model, about=about if everyone else "", say=say) as folder:
+        write_prompts(folder, prompts)
         try:
             fill(folder, parts, bench, say, executor)
         except KeyboardInterrupt:

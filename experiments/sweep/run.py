@@ -30,6 +30,7 @@ from experiments.study.edits.run import EditPart, run_part
 from experiments.study.edits.trials import TRIAL_SCHEMA, read_trials
 from experiments.study.folder import RunFolder
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
+from experiments.study.prompts_file import write_prompts
 from experiments.study.run import fill
 from experiments.study.thoughts import collect_means
 from experiments.sweep.analysis import analyse
@@ -145,6 +146,7 @@ def carry_out(plan: Plan, bench: Workbench, say: Callable[[str], None], executor
     with folder.open(plan.identity(), plan.record()) as known:
         began = time.time()
         say(plan.announcement(known))
+        write_prompts(folder, plan.split)
         missing = [part for part in parts(plan) if not folder.has_part(part.name, part.schema, part.rows)]
         todo = sum(part.rows or 0 for part in missing)
         with tqdm(total=plan.n_trials, initial=plan.n_trials - todo, unit="trial", unit_scale=True, **_bar()) as bar:

@@ -27,7 +27,8 @@ from experiments.tasks.numbers import OutOfRange, answer_in, as_number, read_num
 from lm.terms import AnswerRule
 
 __all__ = [
-    "COMMON", "Reading", "extract_answer", "field_number", "is_correct", "numbers_in", "parse_number", "written_numbers",
+    "COMMON", "Reading", "extract_answer", "field_number", "is_correct", "numbers_in", "parse_number",
+    "written_numbers",
 ]  # fmt: skip
 
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])[-\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
