@@ -121,7 +121,10 @@ class Study(Generic[O, P]):
 
 def to_stderr(line: str) -> None:
     """A line for a person."""
-    print(line, file=sys.stderr, flush=True)
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # leaves progress bars whole
+    sys.stderr.flush()
 
 
 def study_identity(options: RunOptions, model: CodiModel, prompts: Split) -> dict[str, Any]:
@@ -205,11 +208,14 @@ def fill(
     assert len(set(names)) == len(names), "two parts of a study have the same name"
     missing = [part for part in parts if not folder.has_part(part.name, part.schema, part.rows)]
     began = time.time()
-    for part, rows in executor(missing, bench):
-        folder.write_part(part.name, rows, part.schema)
-        n_rows = len(rows) if isinstance(rows, pd.DataFrame) else len(next(iter(rows.values())))
-        say(f"  {part.name}: {n_rows:,} rows in {time.time() - began:.0f} s")
-        began = time.time()
+    bar = bench.bar if len(missing) > 1 else no_bar
+    with bar(len(missing), "part", "parts") as advance:
+        for part, rows in executor(missing, bench):
+            folder.write_part(part.name, rows, part.schema)
+            n_rows = len(rows) if isinstance(rows, pd.DataFrame) else len(next(iter(rows.values())))
+            say(f"  {part.name}: {n_rows:,} rows in {time.time() - began:.0f} s")
+            advance(1)
+            began = time.time()
 
 
 def read_trials(folder: RunFolder, parts: Sequence[Part]) -> dict[str, pd.DataFrame]:

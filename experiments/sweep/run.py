@@ -30,6 +30,7 @@ from experiments.study.edits.run import EditPart, run_part
 from experiments.study.edits.trials import TRIAL_SCHEMA, read_trials
 from experiments.study.folder import RunFolder
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
+from experiments.study.progress import progress
 from experiments.study.prompts_file import write_prompts
 from experiments.study.run import fill
 from experiments.study.thoughts import collect_means
@@ -194,13 +195,12 @@ def _stored_means(folder: RunFolder, plan: Plan, space: Space, bench: Workbench,
 
 def conclude(folder: RunFolder, plan: Plan, say: Callable[[str], None]) -> None:
     """Statistics, figures, result.json and the printed summary of a finished trial table."""
-    analysis = analyse(read_trials(folder), Settings(seed=plan.grid.seed))
+    analysis = analyse(read_trials(folder), Settings(seed=plan.grid.seed), progress)
     write(analysis, folder.path)
     if plan.plots:
         from experiments.sweep.draw import draw
 
-        say("drawing the figures")
-        draw(analysis, folder.path)
+        draw(analysis, folder.path, bar=progress)
     print(report(analysis, folder.path))
 
 
