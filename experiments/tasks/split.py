@@ -11,8 +11,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-from typing import Self
+from typing import Any, Self
 
 from experiments.tasks import COMMON, TASK_NAMES, Problem, Reading, load_task, split_by_cluster
 
