@@ -138,6 +138,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.page.findings:main",
         "run every study on one model and collect what they found on one page",
     ),
+    "findings-language": Command(
+        "experiments.page.options:LanguageFindingsOptions",
+        "experiments.page.findings:main_language",
+        "the same for the studies of ordinary language models",
+    ),
 }
 
 
