@@ -32,6 +32,7 @@ __all__ = [
     "ProtocolName",
     "Rope",
     "Space",
+    "TextForm",
     "Timing",
 ]
 
@@ -41,6 +42,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Attention = Literal["sdpa", "eager"]
+TextForm = Literal["plain", "chat", "response"]
+"""How a request becomes the text that an ordinary language model is given (lm/chat.py)."""
 Mask = Literal["carried", "published"]
 """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
 Rope = Literal["float32", "published"]
@@ -51,8 +54,8 @@ ProtocolName = Literal["original", "original-eos", "answer-only"]
 AnswerMode = Literal["latent", "direct", "verbal"]
 """What comes before the answer: latents, nothing, or a written chain of thought."""
 ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
-AnswerRule = Literal["grammar", "published"]
-"""How an answer is read: by the number grammar of the data sets, or the last number (the published evaluation)."""
+AnswerRule = Literal["common", "published"]
+"""How an answer is read: by common sense, as numbers in data sets are, or the last number (published evaluation)."""
 
 # --- What is edited, where and when ---
 

@@ -120,5 +120,5 @@ def test_identity_is_that_of_earlier_runs() -> None:
     """Fingerprint of a run folder with all options at their defaults, written before the study was data."""
     model = load_codi(ROOT / "checkpoints" / "tiny")
     options = PcaOptions()
-    identity = study_identity(options, model, STUDY.prompts(options, model.protocol.question_suffix))
+    identity = study_identity(options, model, STUDY.prompts(options, model))
     assert fingerprint(identity) == "507942e74fc10486732450ba5565dc76497c156a3a53ae13b6abe04009867a65"

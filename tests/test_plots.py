@@ -166,7 +166,7 @@ def test_colours_are_centred_on_the_baseline(view: View, drawn: dict[str, Figure
             for axes in figure.axes:
                 for image in axes.images:
                     low, high = image.get_clim()
-                    assert low == -high == -view.limit
+                    assert low == -high == -view.limit()
     diverging = colour_map(DIVERGING)
     middle, better, worse = (diverging(value)[:3] for value in (0.5, 0.9, 0.1))
     assert min(middle) > 0.93  # equal to the baseline: white
@@ -221,7 +221,7 @@ def test_a_grid_in_which_nothing_happens() -> None:
         (some,) = views(analyse(trials, FAST))
         for name, figure in plots.figures(some):
             assert not clashes(figure), name
-    assert some.limit == 0.1
+    assert some.limit() == 0.1
 
 
 def test_cells_that_were_not_run_stay_empty() -> None:

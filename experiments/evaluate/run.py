@@ -141,7 +141,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
 STUDY = Study(
     options=EvalOptions,
     title="Accuracy",
-    prompts=lambda options, suffix: options.load_problems(options.seed, suffix),
+    prompts=lambda options, model: options.load_problems(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,
@@ -153,15 +153,15 @@ def main(options: EvalOptions) -> None:
     if options.folder is not None:
         result = run_study(STUDY, options, say=to_stderr)
         print(result.markdown())
-        if options.answers is not None:
+        if options.write_answers is not None:
             names = [f"answers-{mode}" for mode in dict.fromkeys(options.modes)]
             trials = RunFolder(result.path).read_parts(names)
             if (trials["answer"] % 1 == 0).all():  # a file of whole numbers, as they were asked
                 trials["answer"] = trials["answer"].astype("int64")
-            _write_answers(options.answers, trials)
+            _write_answers(options.write_answers, trials)
         return
     model = options.load(STUDY.attention)
-    prompts = STUDY.prompts(options, model.protocol.question_suffix)
+    prompts = STUDY.prompts(options, model)
     plan = make_plan(options, model, prompts)
     bench = Workbench(model, prompts, bar=progress)
     trials = pd.concat([pd.DataFrame(rows) for _, rows in run_here(parts(plan), bench)], ignore_index=True)
@@ -172,8 +172,8 @@ def main(options: EvalOptions) -> None:
         table = found.tables["accuracy"]
         csv_wanted = options.out.suffix == ".csv"
         write_whole(options.out, (table.to_csv(index=False) if csv_wanted else _report(options, model, table)).encode())
-    if options.answers is not None:
-        _write_answers(options.answers, trials)
+    if options.write_answers is not None:
+        _write_answers(options.write_answers, trials)
 
 
 def _write_answers(path: Path, trials: pd.DataFrame) -> None:

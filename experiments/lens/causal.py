@@ -423,7 +423,7 @@ def identity(options: CausalOptions, model: CodiModel, prompts: Split) -> dict[s
 STUDY = Study(
     options=CausalOptions,
     title="Ablation of what a lens reads",
-    prompts=lambda options, suffix: options.load_split(options.seed, suffix),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

@@ -155,7 +155,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
 STUDY = Study(
     options=PcaOptions,
     title="Principal components and effects of edits",
-    prompts=lambda options, suffix: options.load_split(options.seed, suffix),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,
