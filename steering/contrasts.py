@@ -141,7 +141,8 @@ class PairStatistics:
         self._origin, self._layers, self._draws, self._seed, self._keep = origin, tuple(layers), draws, seed, keep
         self._positive: _Moments | None = None
         self._difference: _Moments | None = None
-        self._swapped: Tensor | None = None
+        self._swapped: Tensor | None = None  # sum of differences with signs, (draw, layer, d_model)
+        self._tosses: Tensor | None = None  # sum of the signs, (draw,)
 
     @property
     def n(self) -> int:
@@ -175,9 +176,15 @@ class PairStatistics:
             self._difference = _Moments(keep, self._seed)
         self._difference.add(d, indices)
         if self._draws:
-            signs = [generator(self._seed, "swap", i).choice([-1.0, 1.0], self._draws) for i in indices]
-            swapped = torch.einsum("nk,nld->kld", torch.from_numpy(np.stack(signs)), d)
+            signs = torch.from_numpy(np.stack([self._swaps(index) for index in indices]))
+            swapped, tosses = torch.einsum("nk,nld->kld", signs, d), signs.sum(0)
             self._swapped = swapped if self._swapped is None else self._swapped + swapped
+            self._tosses = tosses if self._tosses is None else self._tosses + tosses
+
+    def _swaps(self, index: int) -> np.ndarray:
+        """(draw,) -1 where the texts of a pair are swapped: of pairs 2k and 2k + 1 always one, drawn."""
+        coin = generator(self._seed, "swap", index // 2).choice([-1.0, 1.0], self._draws)
+        return coin if index % 2 == 0 else -coin
 
     def vector(self, method: VectorMethod, *, centred: bool = True, scale: VectorScale = "mean") -> ControlVector:
         """The control vector of a method, see this module.
@@ -211,8 +218,11 @@ class PairStatistics:
         return ControlVector(directions, replace(origin, centred=centred, scale=scale, explained=explained))
 
     def shuffled(self, draw: int, like: ControlVector) -> ControlVector:
-        """The mean difference after the two texts of each pair were swapped by the toss of a coin, with the norms of
-        `like`: what the same states give where nobody knows which text is the positive one.
+        """The mean difference after the texts of one half of the pairs were swapped, with the norms of `like`: what the
+        same states give where nobody knows which text is the positive one.
+
+        Exactly half, drawn at random (of an odd number the mean is taken away): after independent tosses a share of the
+        contrast itself would be left, which scaled up to full length can be most of the vector.
 
         Args:
             draw: 0-based.
@@ -224,8 +234,8 @@ class PairStatistics:
         count = self._moments(True, "a shuffled vector").count
         if not 0 <= draw < self._draws:
             raise UserError(f"{self._draws} shuffled vectors were collected, numbered from 0, got {draw}")
-        assert self._swapped is not None
-        mean = self._swapped[draw] / count
+        assert self._swapped is not None and self._tosses is not None and self._difference is not None
+        mean = (self._swapped[draw] - self._tosses[draw] * self._difference.mean) / count
         origin = replace(self._origin, method="shuffled", n=count)
         found = ControlVector({layer: mean[i] for i, layer in enumerate(self._layers)}, origin)
         return found.only(like.layers).scaled(like)
