@@ -9,9 +9,9 @@ lines. Axes, indices and units are those of `codi`.
     with steer(model, direction, latent=4, coefficient=2, timing="cached"):
         model.answer(questions)
 
-Ordinary language models: `contrasts` derives control vectors from pairs of texts, `control_vectors` holds one direction
-per layer and adds them up, `vector_files` reads and writes them (also for llama.cpp), `vector_controls` draws what they
-are compared with. Layers are those of `lm`.
+Ordinary language models: `contrasts` reads pairs of texts, `pair_statistics` makes control vectors of what was read,
+`control_vectors` holds one direction per layer and adds them up, `vector_files` reads and writes them (also for
+llama.cpp), `vector_controls` draws what they are compared with. Layers are those of `lm`.
 
     vector = fit_contrasts(model, right, wrong).vector("contrastive")
     with steer(model, vector, 1.5, layers=[12]):
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from lm.lazy import exports
 
 if TYPE_CHECKING:
-    from steering.contrasts import PairStatistics, Written, fit_contrasts, fit_runs, pooled
+    from steering.contrasts import Written, fit_contrasts, fit_runs, pooled
     from steering.control_vectors import ControlVector, VectorOrigin
     from steering.controlled import steer
     from steering.directions import (
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from steering.interventions import AddDirection, Edit, ReplaceLatent, branches, edit_table
     from steering.means import ControlDraws, DrawsAccumulator, LatentMeans, LatentMeansAccumulator
+    from steering.pair_statistics import PairStatistics
     from steering.replacements import (
         AblatePrompt,
         HideSlots,
@@ -114,7 +115,7 @@ __getattr__, __dir__ = exports(
         "LatentMeansAccumulator": "steering.means",
         "MeanAblation": "steering.replacements",
         "Origin": "steering.directions",
-        "PairStatistics": "steering.contrasts",
+        "PairStatistics": "steering.pair_statistics",
         "RecordPrompt": "steering.replacements",
         "ReplaceLatent": "steering.interventions",
         "ReplaceRows": "steering.replacements",

@@ -1,5 +1,5 @@
-"""steering.contrasts: the four methods are what the published library computes, planted directions come back, and
-neither batches, padding nor streaming change a vector."""
+"""steering.contrasts and pair_statistics: the four methods are what the published library computes, planted directions
+come back, and neither batches, padding nor streaming change a vector."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ from safetensors.torch import load_file
 from lm.errors import UserError
 from lm.load import load_lm
 from lm.residual import read_residual
-from steering import ControlVector, VectorOrigin, Written, contrasts, fit_contrasts, fit_runs, pooled
-from steering.contrasts import PairStatistics, origin_of
+from lm.text import left_padded
+from steering import (
+    ControlVector,
+    PairStatistics,
+    VectorOrigin,
+    Written,
+    fit_contrasts,
+    fit_runs,
+    pair_statistics,
+    pooled,
+)
+from steering.contrasts import origin_of
 
 METHODS = ("reading", "contrastive", "pca-contrast", "pca-reading")
 ORIGIN = VectorOrigin(model_name="toy", n_layers=2)
@@ -200,7 +210,7 @@ def test_streaming_is_the_whole_batch(method):
 
 
 def test_memory_does_not_grow(monkeypatch):
-    monkeypatch.setattr(contrasts, "VOTERS", 8)
+    monkeypatch.setattr(pair_statistics, "VOTERS", 8)
     positive, negative, directions = planted(n=200, width=6)
     pairs = statistics(positive, negative, step=11, keep=6)
     for moments in (pairs._positive, pairs._difference):
@@ -298,7 +308,7 @@ def test_runs_by_hand(language_model, tokens):
     for both in zip(slow, fast, strict=True):
         sides = []
         for side, run in enumerate(both):
-            batch = contrasts.left_padded([[*run.prompt, *run.written]], 0)
+            batch = left_padded([[*run.prompt, *run.written]], 0)
             states = read_residual(model, batch, "all", layers=(1, 2, 3))[0].double()
             first = len(run.prompt)
             chosen = {"generated": states[first:], "all": states, "last-prompt": states[first - 1 : first]}[tokens]
