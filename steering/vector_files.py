@@ -11,9 +11,10 @@ llama.cpp cannot steer, goes into a metadata field that only `load_vector` reads
 from. repeng may write `direction.0`; it is read as layer 1. llama.cpp sums several files and takes no notice of
 `controlvector.model_hint` and `controlvector.layer_count`; they are written for people and for repeng.
 
-Sources: llama.cpp, common/common.cpp and src/llama-adapter.cpp; repeng, repeng/extract.py and repeng/control.py. Checked
-once with llama.cpp of October 2026 on SmolLM2 in Q4_1: its loader reads the same bytes, and under direction.N its next
-token differs from ours under layer N + 1 by no more than 0.004 nats (KL), from every other layer tried by 0.1 or more.
+Sources: llama.cpp, common/common.cpp and src/llama-adapter.cpp; repeng, repeng/extract.py and repeng/control.py.
+Checked once with llama.cpp of October 2026 on SmolLM2 in Q4_1: its loader reads the same bytes, and its next token under
+direction.N differs from ours under layer N + 1 by at most 0.004 nats (KL), from ours under any other layer by 0.1 or
+more.
 
 Knows nothing about how vectors are made or used.
 """
