@@ -12,9 +12,9 @@ from. repeng may write `direction.0`; it is read as layer 1. llama.cpp sums seve
 `controlvector.model_hint` and `controlvector.layer_count`; they are written for people and for repeng.
 
 Sources: llama.cpp, common/common.cpp and src/llama-adapter.cpp; repeng, repeng/extract.py and repeng/control.py.
-Checked once with llama.cpp of October 2026 on SmolLM2 in Q4_1: its loader reads the same bytes, and its next token under
-direction.N differs from ours under layer N + 1 by at most 0.004 nats (KL), from ours under any other layer by 0.1 or
-more.
+Checked once with llama.cpp of October 2026 on SmolLM2 in Q4_1: its loader reads the same bytes, and its next token
+under direction.N differs from ours under layer N + 1 by at most 0.004 nats (KL), from ours under any other layer by 0.1
+or more.
 
 Knows nothing about how vectors are made or used.
 """
