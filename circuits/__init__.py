@@ -15,20 +15,69 @@ from typing import TYPE_CHECKING
 from lm.lazy import exports
 
 if TYPE_CHECKING:
+    from circuits.flow import Sources, flow_tree, mention_check, pathways, sources
     from circuits.heads import Heads, Reading, head_sets
+    from circuits.knockout import ReferenceMeans, knocked_out, outliers, ranking, reference_means
+    from circuits.mixing import Pairs, mixing_scores, pair_states
     from circuits.patching import Patched, Probe, patch, patch_set
+    from circuits.rift import Rift, crossing_depth, pretraining_prior
+    from circuits.writers import Writing, writing
 
-__all__ = ["Heads", "Patched", "Probe", "Reading", "head_sets", "patch", "patch_set"]
+__all__ = [
+    "Heads",
+    "Pairs",
+    "Patched",
+    "Probe",
+    "Reading",
+    "ReferenceMeans",
+    "Rift",
+    "Sources",
+    "Writing",
+    "crossing_depth",
+    "flow_tree",
+    "head_sets",
+    "knocked_out",
+    "mention_check",
+    "mixing_scores",
+    "outliers",
+    "pair_states",
+    "patch",
+    "patch_set",
+    "pathways",
+    "pretraining_prior",
+    "ranking",
+    "reference_means",
+    "sources",
+    "writing",
+]
 
 __getattr__, __dir__ = exports(
     __name__,
     {
         "Heads": "circuits.heads",
+        "Pairs": "circuits.mixing",
         "Patched": "circuits.patching",
         "Probe": "circuits.patching",
         "Reading": "circuits.heads",
+        "ReferenceMeans": "circuits.knockout",
+        "Rift": "circuits.rift",
+        "Sources": "circuits.flow",
+        "Writing": "circuits.writers",
+        "crossing_depth": "circuits.rift",
+        "flow_tree": "circuits.flow",
         "head_sets": "circuits.heads",
+        "knocked_out": "circuits.knockout",
+        "mention_check": "circuits.flow",
+        "mixing_scores": "circuits.mixing",
+        "outliers": "circuits.knockout",
+        "pair_states": "circuits.mixing",
         "patch": "circuits.patching",
         "patch_set": "circuits.patching",
+        "pathways": "circuits.flow",
+        "pretraining_prior": "circuits.rift",
+        "ranking": "circuits.knockout",
+        "reference_means": "circuits.knockout",
+        "sources": "circuits.flow",
+        "writing": "circuits.writers",
     },
 )

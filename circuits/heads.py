@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lm.cache import build_cache
+from lm.cache import build_cache, cache_length, read_slots
 from lm.errors import UserError
 from lm.forward import feed, tapped
 from lm.model import LanguageModel
@@ -48,6 +48,7 @@ class Reading:
         mlp: (batch, position, block, d_model), what the MLPs add.
         residual: (batch, position, layer 0..n_layers, d_model), the last one before the final norm.
         patterns: (batch, block, head, query, key) attention; padding keys have 0.
+        values: (batch, position, block, kv_head, d_head).
     """
 
     logits: Tensor
@@ -55,6 +56,7 @@ class Reading:
     mlp: Tensor | None = None
     residual: Tensor | None = None
     patterns: Tensor | None = None
+    values: Tensor | None = None
 
 
 class Heads:
@@ -250,6 +252,7 @@ class Heads:
         mlp: bool = False,
         residual: bool = False,
         patterns: bool | Sequence[int] = False,
+        values: bool = False,
     ) -> Reading:
         """One pass over texts.
 
@@ -257,7 +260,7 @@ class Heads:
             batch: left-padded texts.
             change, change_mlp: what to replace; see `Change`. What is read has been replaced already.
             at: (batch, chosen) columns of the batch after which logits are wanted; None: the last.
-            z, mlp, residual: whether they are kept.
+            z, mlp, residual, values: whether they are kept.
             patterns: attention of all queries (True), or of these columns of the batch; needs eager attention.
 
         Raises:
@@ -276,12 +279,13 @@ class Heads:
             return lambda number, x: kept[name].append(x)
 
         mask = batch.attention_mask.bool()
+        cache = build_cache()
         with (
             self.tapped(change, keep("z") if z else None, change_mlp, keep("mlp") if mlp else None),
             self._patterns(patterns, kept["patterns"]),
             tapped(model.blocks, see=keep("residual") if residual else None),
         ):
-            last = feed(model, model.embed(batch.input_ids), build_cache(), mask, batch.positions).last
+            last = feed(model, model.embed(batch.input_ids), cache, mask, batch.positions).last
         wanted = last[:, -1] if at is None else last[torch.arange(len(last))[:, None], at.to(model.device)]
         return Reading(
             logits=model.logits(wanted),
@@ -289,6 +293,7 @@ class Heads:
             mlp=torch.stack(kept["mlp"], dim=2) if mlp else None,
             residual=torch.stack(kept["residual"], dim=2) if residual else None,
             patterns=torch.stack(kept["patterns"], dim=1) if patterns is not False else None,
+            values=read_slots(cache, 0, cache_length(cache))[1] if values else None,
         )
 
     @contextmanager

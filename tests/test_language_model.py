@@ -255,7 +255,9 @@ def test_batches_of_similar_length():
 # --- Imports that cost nothing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["lm", "lm.terms", "lm.errors", "codi", "codi.protocol", "steering", "lenses", "circuits"])
+@pytest.mark.parametrize(
+    "module", ["lm", "lm.terms", "lm.errors", "codi", "codi.protocol", "steering", "lenses", "circuits"]
+)
 def test_import_without_torch(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pandas', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
