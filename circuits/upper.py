@@ -5,9 +5,9 @@ so neither is computed again: the tokens before are a prefix of keys and values 
 states of the tokens after come from one pass, and the blocks above run for all variants in one batch. Exact: the
 numbers are those of a whole pass, up to the order of sums.
 
-`Ground` is that one pass over texts that end alike many tokens after their prefixes; `Upper` runs variants over it.
-The model's blocks are passed over by putting other functions in their places for the time of a pass; afterwards, also
-after an error, they are as before.
+`Ground` is that one pass over texts that end alike many tokens after their prefixes; `Upper` runs variants over it
+(`lm.partial` passes by the blocks below). An attention or MLP whose output is known already is replaced for the time of
+a pass; afterwards, also after an error, it is as before.
 
 Knows nothing about what is replaced, or why.
 """
@@ -25,6 +25,7 @@ from circuits.heads import Heads, See
 from lm.cache import BranchCache, branch_attention, build_cache, cache_length, clone_cache
 from lm.errors import UserError
 from lm.forward import feed, tapped
+from lm.partial import feed_above
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -141,6 +142,7 @@ class Upper:
         texts, columns = mask.shape
         assert columns <= cache_length(prefix) or columns == 0, "a mask wider than the prefix"
         self.heads, self.model, self.variants = heads, heads.model, variants
+        _ = self.model.block_outputs  # found out by a pass of its own, which must not go through branches
         self.text = torch.arange(texts, device=mask.device).repeat_interleave(variants)
         self.positions = positions[self.text]
         visible = mask.cpu()
@@ -191,12 +193,8 @@ class Upper:
         """Run blocks from `first` on over the residual stream that enters it."""
         positions = self.positions[:, -x.shape[1] :]
         self._cache.feeding(positions)
-        with (
-            _passed_over(self.model.blocks, first),
-            _entering(self.model.blocks[first - 1], x),
-            branch_attention(self.model.decoder, self._cache),
-        ):
-            last = feed(self.model, x, self._cache, None, positions).last
+        with branch_attention(self.model.decoder, self._cache):
+            last = feed_above(self.model, first - 1, x, self._cache, None, positions)
         return self.model.logits(last[:, -1])
 
 
@@ -212,32 +210,3 @@ def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterato
             del module.__dict__["forward"]
         else:
             module.forward = own  # type: ignore[method-assign]
-
-
-@contextmanager
-def _passed_over(blocks: nn.ModuleList, first: int) -> Iterator[None]:
-    """While inside, the blocks before `first` hand on what they get."""
-
-    def passing(*args: Any, **given: Any) -> Any:
-        return args[0] if args else given["hidden_states"]
-
-    with ExitStack() as stack:
-        for block in blocks[: first - 1]:
-            stack.enter_context(replaced_forward(block, passing))
-        yield
-
-
-@contextmanager
-def _entering(block: nn.Module, x: Tensor) -> Iterator[None]:
-    """While inside, a block gets another residual stream than the one before it handed on."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        if args:
-            return (x, *args[1:]), given
-        return args, {**given, "hidden_states": x}
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
