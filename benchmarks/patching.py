@@ -52,7 +52,8 @@ def make_model(device: str) -> LanguageModel:
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, initializer_range=0.05,
     )  # fmt: skip
-    return LanguageModel(LlamaForCausalLM(config).to(device), tokenizer, name="random, SmolLM2-135M's shape")
+    base: Any = LlamaForCausalLM(config)
+    return LanguageModel(base.to(device), tokenizer, name="random, SmolLM2-135M's shape")
 
 
 def make_probes(model: LanguageModel, items: int) -> list[Probe]:

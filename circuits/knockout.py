@@ -267,7 +267,7 @@ def greedy(
     start: Tensor,
     until: int,
     at_once: int = 1,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> list[tuple[int, int]]:
     """Heads in the order in which they can be spared: each round silences those whose loss lowers the score least.
 

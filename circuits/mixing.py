@@ -122,7 +122,7 @@ def mixing_scores(
     probes: Collection[ProbeKind] = ("linear", "mlp"),
     seed: int = 0,
     shuffles: int = 1,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> list[MixingScore]:
     """Scores of every probe at every layer, on the true and on shuffled labels.
 

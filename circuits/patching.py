@@ -141,7 +141,7 @@ def patch(
     tokens_at_once: int = 2048,
     columns_at_once: int = 4096,
     keep_logits: bool = False,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> Patched:
     """Patch every unit of every block, one at a time.
 
@@ -271,7 +271,7 @@ class _Job:
 
     # Patching
 
-    def patch_bucket(self, bucket: _Bucket, advance: Callable[[int], None] | None) -> None:
+    def patch_bucket(self, bucket: _Bucket, advance: Callable[[int], object] | None) -> None:
         base, source = bucket.corrupted, bucket.clean
         if self.direction == "noise":
             base, source = source, base
