@@ -30,7 +30,7 @@ def draw_effects(table: pd.DataFrame, n_blocks: int, n_heads: int) -> Figure:
     rows = -(-len(subtasks) // _COLUMNS)
     height = float(np.clip(0.08 * n_blocks, 0.7, 2.6))
     figure, axes = new_figure(rows, min(_COLUMNS, len(subtasks)), total=0.6 + (height + 0.45) * rows)
-    scale = Scale.signed(table["effect"], least=0.1)
+    scale = Scale.signed(table["effect"], least=0.1, quantile=0.995)  # a few heads must not take all the colours
     every = max(1, n_blocks // 6)
     for axis in axes.flat[len(subtasks) :]:
         axis.set_visible(False)
