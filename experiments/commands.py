@@ -128,6 +128,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),
+    "circuit": Command(
+        "experiments.circuit.options:CircuitOptions",
+        "experiments.circuit.run:main",
+        "which heads make each word of a written chain of thought (language models)",
+    ),
     "show": Command(
         "experiments.show.options:ShowOptions",
         "experiments.show.run:main",
