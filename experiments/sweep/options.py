@@ -346,7 +346,7 @@ class PlotOptions(SettingOptions):
     caption: bool = True
     """Write the caption below every figure: what it shows, how many prompts, which intervals."""
     width: float = WIDTH
-    """Inches. Panels grow or shrink with it, letters keep their size."""
+    """Inches, from 7.2 (a page): panels grow with it, letters keep their size."""
     scale: Colours = "shared"
     """Colours of differences: shared, one range for all |c| of a space and timing, so that figures can be compared
     (large effects at a large |c| leave small ones pale); each, one range for each |c|; or half the range in points,
