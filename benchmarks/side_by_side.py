@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = os.getloadavg()[0]
     found = measured(options.ways, options.limit, options.draws, options.repeats)
     print(f"{os.cpu_count()} cores, load before {load:.1f}; {options.limit} prompts, fastest of {options.repeats}")
-    print(f"  {'':10} {'alone':>8} {'two at once':>12} {'ratio':>6}   (target: at most {TARGET}; GOMP_SPINCOUNT={SPINS})")
+    print(f"  {'':10} {'alone':>8} {'two at once':>12} {'ratio':>6}   at most {TARGET}; GOMP_SPINCOUNT={SPINS}")
     for way, one in found.items():
         print(f"  {way:10} {min(one['alone']):7.1f}s {min(one['together']):11.1f}s {one['ratio']:6.2f}")
     options.out.parent.mkdir(parents=True, exist_ok=True)

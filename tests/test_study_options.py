@@ -365,6 +365,8 @@ def test_help_and_refusals_import_nothing_heavy(name: str, arguments: list[str],
     [
         (["sweep", "--pairs", "one-two"], "pairs must look like 2-5"),
         (["sweep", "--latents", "x"], "latents must be numbers from 1"),
+        (["sweep", "--latents", "40"], "latents must be in 1..6, got 40"),  # the model's folder says how many
+        (["sweep", "--pairs", "2-7"], "latents of a pair must be in 1..6, got '2-7'"),
         (["sweep", "--controls", "placebo"], "controls must be among random"),
         (["sweep", "--legacy", "--space", "hidden"], "legacy steering exists in kv and embedding space"),
         (["sweep", "--task", "a", "--prompts", "b"], "give --task or --prompts"),

@@ -227,6 +227,12 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
         for name in ("latents", "layers", "kv_heads"):
             parse_numbers(name.replace("_", "-"), getattr(self, name), None)
 
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        number = self.known_latents()
+        parse_numbers("latents", self.latents, number)
+        parse_pairs(self.pairs, number)
+
     def check_legacy(self) -> None:
         """Refuse what the published scripts cannot do.
 
