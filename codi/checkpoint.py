@@ -52,9 +52,9 @@ from codi.model import CodiModel
 from codi.parts import Projection
 from codi.places import BASE_FOLDER, PUBLISHED_ALPHA, PUBLISHED_R, Place, locate
 from codi.protocol import FAMILIES, PROTOCOL_TOKENS, Protocol, UserError, answer_only, original
-from codi.weights import hash_files, read_object, read_state, refuse_pointer, weight_files
 from lm.forward import feed
 from lm.terms import DTYPES, Attention, ControlText, Dtype, Mask, Rope
+from lm.weights import hash_files, read_object, read_state, refuse_pointer, weight_files
 
 __all__ = ["load_codi", "reference_state", "save_checkpoint"]
 

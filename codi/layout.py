@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from codi.adapter import Adapter
 from codi.protocol import UserError
-from codi.weights import listed
+from lm.weights import listed
 
 __all__ = [
     "WRAPPER",

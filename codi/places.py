@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from codi.protocol import UserError
-from codi.weights import read_object
+from lm.weights import read_object
 
 __all__ = ["BASE_FOLDER", "KNOWN", "PUBLISHED_ALPHA", "PUBLISHED_R", "KnownCheckpoint", "Place", "locate"]
 

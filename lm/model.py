@@ -12,13 +12,15 @@ Knows nothing about files, prompts or what is done with states::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lm.chat import as_text, default_form
 from lm.errors import UserError
+from lm.terms import TextForm
 from lm.text import EncodedBatch, encode
 
 __all__ = ["LanguageModel"]
@@ -73,9 +75,12 @@ class LanguageModel:
         tokenizer: of the model; None: texts cannot be encoded.
         name: for tables and messages; None: where the model came from.
         blocks, norm: names in `base` of the list of blocks and of the final norm; None: found by structure.
+        form: how a request becomes a text (`lm.chat`); None: the tokenizer's chat template where it has one.
+        weights_hash: of the files that the weights were read from, or a function that gives it; "": not known.
 
     Attributes:
         base, tokenizer, name: as given.
+        form: how `text_of` makes a text.
         decoder: the base model without its unembedding.
         blocks: its blocks, 1..n_layers in the numbering of layers.
         n_layers, n_heads, n_kv_heads, d_head, d_model, vocab_size: sizes.
@@ -93,9 +98,13 @@ class LanguageModel:
         name: str | None = None,
         blocks: str | None = None,
         norm: str | None = None,
+        form: TextForm | None = None,
+        weights_hash: Callable[[], str] | str = "",
     ) -> None:
         self.base = base.eval()
         self.tokenizer = tokenizer
+        self.form: TextForm = default_form(tokenizer) if form is None else form
+        self._weights_hash = weights_hash
         config = base.config.get_text_config()
         self.name = (config.name_or_path or type(base).__name__) if name is None else name
         self.n_layers: int = config.num_hidden_layers
@@ -187,11 +196,26 @@ class LanguageModel:
             logits = logits * self._times
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
+    @property
+    def weights_hash(self) -> str:
+        """Identity of the weights: SHA-256 of their files, or the hub's commit; computed when first asked for."""
+        if callable(self._weights_hash):
+            self._weights_hash = self._weights_hash()
+        return self._weights_hash
+
+    def text_of(self, request: str) -> str:
+        """The text that the model is given for a request, in the model's form. See `lm.chat`."""
+        return as_text(self.tokenizer, request, self.form)
+
     def encode(self, texts: Sequence[str]) -> EncodedBatch:
-        """Texts as left-padded token ids, on the model's device. See `lm.text.encode`."""
+        """Texts (of `text_of`, or that begin with one) as left-padded token ids, on the model's device.
+
+        The tokenizer adds its own special tokens, but in the form "chat", where the text has them. See
+        `lm.text.encode`.
+        """
         if self.tokenizer is None:
             raise UserError(f"{self.name} was given no tokenizer: texts cannot be encoded")
-        return encode(self.tokenizer, texts, self.pad_id).to(self.device)
+        return encode(self.tokenizer, texts, self.pad_id, special=self.form != "chat").to(self.device)
 
     def check_length(self, positions: int) -> None:
         """Raise ValueError if the base model has fewer positions than this."""

@@ -32,6 +32,7 @@ __all__ = [
     "ProtocolName",
     "Rope",
     "Space",
+    "TextForm",
     "Timing",
 ]
 
@@ -41,6 +42,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Attention = Literal["sdpa", "eager"]
+TextForm = Literal["plain", "chat", "response"]
+"""How a request becomes the text that an ordinary language model is given (lm/chat.py)."""
 Mask = Literal["carried", "published"]
 """Attention mask after the prompt: carried on, or dropped as in the published evaluation."""
 Rope = Literal["float32", "published"]

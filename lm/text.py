@@ -91,17 +91,19 @@ def encode(
     after: Sequence[int] = (),
     what: str = "text",
     control: Mapping[str, int] | None = None,
+    special: bool = True,
 ) -> EncodedBatch:
     """Texts as a left-padded batch on the CPU.
 
     Args:
-        tokenizer: of Hugging Face; its own special tokens are added as it is configured to.
+        tokenizer: of Hugging Face.
         texts: used as they are.
         pad_id: what stands at padding; never seen.
         after: token ids that follow every text.
         what: what a text is called in messages.
         control: texts of tokens (with their ids) that are plain text where a person has written them; None: the
             tokenizer reads them as the tokens.
+        special: whether the tokenizer adds its own special tokens, as it is configured to.
 
     Raises:
         ValueError: no texts, a text that is not a string, one without any token, or one with the text of a control
@@ -114,7 +116,7 @@ def encode(
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"a {what} must be a string, got {type(text).__name__}")
-    rows = [[*ids, *after] for ids in tokenizer(list(texts))["input_ids"]]
+    rows = [[*ids, *after] for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
     for index, text in enumerate(texts):
         if control and any(name in text for name in control):
             rows[index] = [*_as_plain_text(tokenizer, text, control, f"{what} {index + 1}"), *after]

@@ -105,7 +105,7 @@ def test_identity_is_that_of_earlier_runs() -> None:
     """Fingerprint of a run folder with all options at their defaults, written before the study was data."""
     model = load_codi(ROOT / "checkpoints" / "tiny")
     options = PatchOptions()
-    identity = study_identity(options, model, STUDY.prompts(options, model.protocol.question_suffix))
+    identity = study_identity(options, model, STUDY.prompts(options, model))
     assert fingerprint(identity) == "61f41f70c6b062a309a9d94e4eb23ccd79b2c38ff705a21a34b8ac6b026b8c23"
 
 

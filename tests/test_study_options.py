@@ -143,7 +143,7 @@ def test_run_folders_of_studies_go_on(module: str, known: str) -> None:
     """The fingerprint of a run with default options, from before the studies were data."""
     study = importlib.import_module(f"experiments.latents.{module}").STUDY
     model, options = load_codi(ROOT / "checkpoints" / "tiny"), study.options()
-    prompts = study.prompts(options, model.protocol.question_suffix)
+    prompts = study.prompts(options, model)
     assert fingerprint(study_identity(options, model, prompts)) == known
 
 

@@ -196,7 +196,7 @@ def _first(table: pd.DataFrame) -> pd.DataFrame:
 STUDY = Study(
     options=AlternationOptions,
     title="Alternation of latents",
-    prompts=lambda options, suffix: options.load_split(options.seed, suffix, known_steps=1),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=1),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

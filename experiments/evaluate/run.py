@@ -141,7 +141,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
 STUDY = Study(
     options=EvalOptions,
     title="Accuracy",
-    prompts=lambda options, suffix: options.load_problems(options.seed, suffix),
+    prompts=lambda options, model: options.load_problems(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,
@@ -161,7 +161,7 @@ def main(options: EvalOptions) -> None:
             _write_answers(options.write_answers, trials)
         return
     model = options.load(STUDY.attention)
-    prompts = STUDY.prompts(options, model.protocol.question_suffix)
+    prompts = STUDY.prompts(options, model)
     plan = make_plan(options, model, prompts)
     bench = Workbench(model, prompts, bar=progress)
     trials = pd.concat([pd.DataFrame(rows) for _, rows in run_here(parts(plan), bench)], ignore_index=True)

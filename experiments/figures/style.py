@@ -11,8 +11,8 @@ width and caption of every figure that is made inside: panels grow with the widt
 
 Files: `encode` leaves out dates and versions, so that the same tables give the same bytes, in any process.
 
-What it does not know: tables, studies, run folders. matplotlib is imported by the functions that draw, so that a
-module may take names from here without waiting for it.
+What it does not know: tables, studies, run folders. matplotlib and seaborn are imported by the functions that draw, so
+that a module may take names from here without waiting for them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 __all__ = [
     "BAND", "BASELINE", "CONTROL", "CONTROLS", "CORRELATION", "DIVERGING", "DPI", "EMPTY", "FAINT", "FORMATS", "Form",
-    "GUIDE", "HIGHLIGHT", "INK", "MARKERS", "PALETTE", "Page", "SEQUENTIAL", "SERIES", "SMALL", "STYLE", "WIDTH",
-    "WIDTHS", "caption_lines", "check_formats", "drawn_as", "encode", "in_style", "legend", "look", "new_figure",
+    "GUIDE", "HIGHLIGHT", "INK", "LOWER_IS_BETTER", "MARKERS", "PALETTE", "Page", "SEQUENTIAL", "SERIES", "SMALL",
+    "STYLE", "WIDTH", "WIDTHS", "caption_lines", "check_formats", "colour_map", "drawn_as", "encode", "in_style",
+    "legend", "look", "new_figure",
     "note", "number_text", "ordered", "sample_text", "save", "styled",
 ]  # fmt: skip
 
@@ -76,8 +78,12 @@ PALETTE = (*SERIES, CONTROL)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """One per colour of `PALETTE`."""
 
-DIVERGING = "RdBu"
-"""Differences: red lower, white equal, blue higher (ColorBrewer)."""
+DIVERGING = "lower-red"
+"""Differences: red lower, grey-white equal, blue higher; made by seaborn."""
+LOWER_IS_BETTER = "lower-blue"
+"""The same turned round: blue lower, red higher."""
+_RED, _BLUE = 12, 250  # hues in degrees
+_ENDS = {DIVERGING: (_RED, _BLUE), LOWER_IS_BETTER: (_BLUE, _RED)}
 SEQUENTIAL = "cividis"
 """Magnitudes: dark none, bright much."""
 CORRELATION = "PuOr_r"
@@ -144,12 +150,29 @@ def look(place: int, control: bool = False) -> dict[str, Any]:
     return {"color": colours[place % len(colours)], "marker": MARKERS[place % len(MARKERS)]}
 
 
+@functools.lru_cache(maxsize=16)
+def colour_map(name: str) -> Colormap:
+    """A colour map by its name.
+
+    Those of differences are made by seaborn: from a neutral middle both sides get darker and more coloured at one pace,
+    so that equal sizes look alike; all others are matplotlib's.
+    """
+    import matplotlib
+
+    if name not in _ENDS:
+        return matplotlib.colormaps[name]
+    import seaborn
+
+    made = seaborn.diverging_palette(*_ENDS[name], s=95, l=36, as_cmap=True)
+    made.name = name
+    return made
+
+
 def ordered(number: int) -> list[Any]:
     """Colours of so many things that have an order, such as latents or layers: dark first, none too bright to see."""
-    import matplotlib
     import numpy as np
 
-    return list(matplotlib.colormaps[_ORDERED](np.linspace(0.05, 0.88, number)))
+    return list(colour_map(_ORDERED)(np.linspace(0.05, 0.88, number)))
 
 
 def number_text(value: float, form: str = ".2f") -> str:

@@ -449,7 +449,7 @@ def _draw_costs(axis: Any, cost: pd.DataFrame, trials: pd.DataFrame, stopped: pd
 STUDY = Study(
     options=EarlyExitOptions,
     title="Early exit",
-    prompts=lambda options, suffix: options.load_split(options.seed, suffix),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

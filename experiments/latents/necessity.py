@@ -322,7 +322,7 @@ def _sufficient(table: pd.DataFrame, n: int) -> str:
 STUDY = Study(
     options=NecessityOptions,
     title="Necessity of latents",
-    prompts=lambda options, suffix: options.load_split(options.seed, suffix),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

@@ -327,7 +327,7 @@ def summary(table: pd.DataFrame) -> str:
 STUDY = Study(
     options=ProbesOptions,
     title="Probes of latents",
-    prompts=lambda options, suffix: options.load_problems(options.seed, suffix, known_steps=1),
+    prompts=lambda options, model: options.load_problems(options.seed, model.protocol.question_suffix, known_steps=1),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

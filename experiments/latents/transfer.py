@@ -451,7 +451,7 @@ def figure_of(tables: Mapping[str, pd.DataFrame]) -> Any:
 STUDY = Study(
     options=TransferOptions,
     title="Latent transfer",
-    prompts=lambda options, suffix: options.load_split(options.seed, suffix, known_steps=1),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=1),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

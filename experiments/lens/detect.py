@@ -297,7 +297,7 @@ def captions(plan: Plan, found: Detection) -> dict[str, str]:
 STUDY = Study(
     options=DetectOptions,
     title="Detection of values by lenses",
-    prompts=lambda options, suffix: options.load_problems(options.seed, suffix),
+    prompts=lambda options, model: options.load_problems(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

@@ -340,7 +340,7 @@ def figures(plan: Plan, table: pd.DataFrame) -> dict[str, Figure]:
 STUDY = Study(
     options=DifferenceOptions,
     title="Lenses on differences of latents",
-    prompts=lambda options, suffix: options.load_problems(options.seed, suffix),
+    prompts=lambda options, model: options.load_problems(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

@@ -316,7 +316,7 @@ def figures(table: pd.DataFrame, sample: str) -> dict[str, Figure]:
 STUDY = Study(
     options=TransferOptions,
     title="Lenses where they were not trained",
-    prompts=lambda options, suffix: options.load_problems(options.seed, suffix),
+    prompts=lambda options, model: options.load_problems(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

@@ -26,7 +26,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
@@ -110,6 +110,10 @@ class ModelOptions(Options):
             "attention": attention,
             "control_text": self.control_text,
         }
+
+    def recipe(self, attention: Attention = "sdpa") -> tuple[Callable[..., CodiModel], dict[str, Any]]:
+        """Function of a module and its arguments that load the model in any process."""
+        return load_model, self.load_arguments(attention)
 
     def load(self, attention: Attention = "sdpa") -> CodiModel:
         """The model; what loading left out or found otherwise is said on standard error."""

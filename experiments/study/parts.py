@@ -22,18 +22,30 @@ import pandas as pd
 import pyarrow as pa
 
 from experiments.study.progress import Bar, no_bar
-from experiments.tasks.split import Split
 
 if TYPE_CHECKING:
-    from codi import CodiModel
+    from lm.model import LanguageModel
 
-__all__ = ["Executor", "Part", "Recipe", "Rows", "Workbench", "run_here", "run_part", "workbench_of"]
+__all__ = ["Executor", "Part", "Prompts", "Recipe", "Rows", "Workbench", "run_here", "run_part", "workbench_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 Rows = pd.DataFrame | Mapping[str, Any]
 """Rows of a trial table: a frame, or column -> values."""
+
+
+class Prompts(Protocol):
+    """What a study asks a model: `Split` for CODI models, `ItemSplits` for ordinary language models."""
+
+    def record(self) -> dict[str, str | int]:
+        """Hashes and sizes, for the manifest."""
+
+    def about(self) -> str:
+        """Sizes in words; "" where nothing is asked."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per prompt: side, id, question, answer, steps, cluster; on both sides, twice."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +55,20 @@ class Recipe:
     Attributes:
         load: function of a module that loads the model.
         arguments: its arguments.
-        prompts: evaluation and derivation prompts.
+        prompts: evaluation and derivation prompts, or items.
     """
 
-    load: Callable[..., CodiModel]
+    load: Callable[..., LanguageModel]
     arguments: Mapping[str, Any]
-    prompts: Split
+    prompts: Prompts
 
 
 class Workbench:
     """What the parts of a study work with in one process.
 
     Args:
-        model: loaded; never modified.
-        prompts: evaluation and derivation prompts.
+        model: loaded; never modified. A `CodiModel`, or the `LanguageModel` of a study of one.
+        prompts: evaluation and derivation prompts (`Split`), or items (`ItemSplits`).
         recipe: how another process makes this workbench; None: it cannot (the model was handed over in memory).
         advance: called with the number of rows that were just made.
         bar: makes the progress bars of long steps.
@@ -64,8 +76,8 @@ class Workbench:
 
     def __init__(
         self,
-        model: CodiModel,
-        prompts: Split,
+        model: Any,
+        prompts: Any,
         recipe: Recipe | None = None,
         advance: Callable[[int], object] = lambda rows: None,
         bar: Bar = no_bar,

@@ -1,6 +1,6 @@
 """The prompts of a run, in its folder: what stands behind the prompt ids of its trial tables.
 
-    prompts.jsonl   one record per prompt: side (evaluation or derivation), id, question, answer, steps, cluster
+    prompts.jsonl   one record per prompt: side (evaluation, derivation, …), id, question, answer, steps, cluster
 
 Written once, when a run begins or goes on; folders of early versions have none until then. The questions are those that
 the model read, with the sentence that its training questions ended in, if there was one.
@@ -12,34 +12,19 @@ import json
 from pathlib import Path
 
 from experiments.study.folder import RunFolder
-from experiments.tasks.split import Split
+from experiments.study.parts import Prompts
 
 __all__ = ["FILE", "questions_of", "write_prompts"]
 
 FILE = "prompts.jsonl"
 
 
-def write_prompts(folder: RunFolder, prompts: Split) -> None:
-    """Write the prompts of an open run folder, if they are not there; a prompt on both sides is written once."""
+def write_prompts(folder: RunFolder, prompts: Prompts) -> None:
+    """Write the prompts of an open run folder, if they are not there; a prompt on two sides is written once."""
     if (folder.path / FILE).exists():
         return
-    sides = {"evaluation": prompts.evaluation, "derivation": prompts.derivation}
-    seen: set[str] = set()
-    lines = []
-    for side, problems in sides.items():
-        for problem in problems:
-            if problem.prompt_id in seen:
-                continue
-            seen.add(problem.prompt_id)
-            record = {
-                "side": side,
-                "id": problem.prompt_id,
-                "question": problem.question,
-                "answer": problem.answer,
-                "steps": list(problem.steps),
-                "cluster": problem.cluster,
-            }
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    records = {record["id"]: record for record in reversed(prompts.records())}  # the first of each id stays
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in reversed(records.values())]
     folder.write(FILE, "".join(lines).encode())
 
 

@@ -22,23 +22,25 @@ import pandas as pd
 
 from experiments.study.claims import ClaimsTable
 from experiments.study.folder import RunFolder, open_run
-from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of, load_model
-from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
+from experiments.study.language import LanguageOptions
+from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of
+from experiments.study.parts import Executor, Part, Prompts, Recipe, Workbench, run_here
 from experiments.study.progress import no_bar, progress
 from experiments.study.prompts_file import write_prompts
 from experiments.study.result import FigureFiles, Result, Section
-from experiments.tasks.split import Split
 from lm.terms import Attention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from codi import CodiModel
+    from lm.model import LanguageModel
 
 __all__ = [
     "Findings",
     "Study",
     "fill",
+    "language_identity",
     "read_trials",
     "run_study",
     "study_identity",
@@ -85,22 +87,24 @@ class Study(Generic[O, P]):
     Attributes:
         options: class of its options; its COMMAND is the study's name.
         title: "Necessity of latents"; the model's name is added.
-        prompts: the prompts that the options ask for; gets the checkpoint's question suffix.
+        prompts: the prompts (`Split`) or items (`ItemSplits`) that the options ask for; gets the model.
         plan: resolves and checks options against model and prompts; gives plain values, the study's own frozen class.
         parts: the parts of the trial tables, from the plan.
         conclude: findings from plan and trials; sees no model.
         attention: implementation of attention that the model must be loaded with.
-        identity: what decides the result; None: `study_identity`.
+        identity: what decides the result; None: `study_identity`, of language models `language_identity`.
+
+    The options have the group `ModelOptions` (then the model is a `CodiModel`) or `LanguageOptions` (`LanguageModel`).
     """
 
     options: type[O]
     title: str
-    prompts: Callable[[O, str], Split]
-    plan: Callable[[O, CodiModel, Split], P]
+    prompts: Callable[[O, Any], Any]
+    plan: Callable[[O, Any, Any], P]
     parts: Callable[[P], Sequence[Part]]
     conclude: Callable[[P, Trials], Findings]
     attention: Attention = "sdpa"
-    identity: Callable[[O, CodiModel, Split], dict[str, Any]] | None = None
+    identity: Callable[[O, Any, Any], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -108,7 +112,7 @@ class Study(Generic[O, P]):
         return self.options.COMMAND
 
     def run(
-        self, options: O, model: CodiModel | None = None, prompts: Split | None = None,
+        self, options: O, model: LanguageModel | None = None, prompts: Prompts | None = None,
         say: Callable[[str], None] | None = None,
     ) -> Result:  # fmt: skip
         """`run_study` of this study: what a process calls that has the model already."""
@@ -127,7 +131,7 @@ def to_stderr(line: str) -> None:
     sys.stderr.flush()
 
 
-def study_identity(options: RunOptions, model: CodiModel, prompts: Split) -> dict[str, Any]:
+def study_identity(options: RunOptions, model: CodiModel, prompts: Prompts) -> dict[str, Any]:
     """Everything that decides the result of a study."""
     return {
         "study": options.COMMAND,
@@ -140,11 +144,24 @@ def study_identity(options: RunOptions, model: CodiModel, prompts: Split) -> dic
     }
 
 
+def language_identity(options: RunOptions, model: LanguageModel, prompts: Prompts) -> dict[str, Any]:
+    """Everything that decides the result of a study of an ordinary language model."""
+    return {
+        "study": options.COMMAND,
+        "format": FORMAT,
+        "options": identity_of(options),
+        "items": prompts.record(),
+        "weights_hash": model.weights_hash,
+        "form": model.form,
+        "device": model.device.type,
+    }
+
+
 def run_study(
     study: Study[O, P],
     options: O,
-    model: CodiModel | None = None,
-    prompts: Split | None = None,
+    model: LanguageModel | None = None,
+    prompts: Prompts | None = None,
     say: Callable[[str], None] | None = None,
     executor: Executor = run_here,
 ) -> Result:
@@ -162,22 +179,21 @@ def run_study(
         ValueError: options that do not fit the model or the prompts, or a folder that holds another run.
         OSError: the folder cannot be written.
     """
-    assert isinstance(options, ModelOptions), f"codi {study.name}: its options lack the group ModelOptions"
+    assert isinstance(options, ModelOptions | LanguageOptions), f"codi {study.name}: its options name no model"
     bar = no_bar if say is None else progress
     say = say or (lambda line: None)
     handed_over = model is not None
     if model is None:
         model = options.load(study.attention)
     if prompts is None:
-        prompts = study.prompts(options, model.protocol.question_suffix)
+        prompts = study.prompts(options, model)
     plan = study.plan(options, model, prompts)
     parts = study.parts(plan)
-    recipe = None if handed_over else Recipe(load_model, options.load_arguments(study.attention), prompts)
+    recipe = None if handed_over else Recipe(*options.recipe(study.attention), prompts)
     bench = Workbench(model, prompts, recipe, bar=bar)
-    identity = (study.identity or study_identity)(options, model, prompts)
-    everyone = (*prompts.evaluation, *([] if prompts.evaluation else prompts.derivation))
-    about = f"{len(everyone)} prompts in {len({p.cluster or p.prompt_id for p in everyone})} clusters"
-    with open_run(options.out, identity, model=options.model, about=about if everyone else "", say=say) as folder:
+    own = language_identity if isinstance(options, LanguageOptions) else study_identity
+    identity = (study.identity or own)(options, model, prompts)
+    with open_run(options.out, identity, model=options.model, about=prompts.about(), say=say) as folder:
         write_prompts(folder, prompts)
         try:
             fill(folder, parts, bench, say, executor)

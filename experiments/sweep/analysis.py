@@ -6,7 +6,6 @@ structure.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ import pandas as pd
 
 from experiments.statistics.clusters import Settings
 from experiments.study.edits.cells import cell_statistics, control_statistics
-from experiments.study.edits.pairing import Family, families
+from experiments.study.edits.pairing import families, named
 from experiments.study.edits.verdicts import judge_cells
 from experiments.study.progress import Bar, no_bar
 from experiments.sweep.structure import (
@@ -81,18 +80,8 @@ def analyse(trials: pd.DataFrame, settings: Settings | None = None, bar: Bar = n
         consistency=consistency,
         variance=variance,
         symmetry=sign_symmetry(cells),
-        evidence=_named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
-        power=_named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
-        visibility=_named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
+        evidence=named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
+        power=named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
+        visibility=named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
         settings=settings,
     )
-
-
-def _named(paired: Sequence[Family], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all families in one, with the columns that name the family first."""
-    kept = [
-        pd.concat([pd.DataFrame([family.name] * len(table)), table], axis=1)
-        for family, table in zip(paired, tables, strict=True)
-        if len(table)
-    ]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()

@@ -35,6 +35,7 @@ from experiments.tasks.ontology import Ontology, Word, draw
 from experiments.tasks.ontology_text import compose, sentence_text
 from experiments.tasks.ontology_words import TRAINING, UNSEEN
 from experiments.tasks.problem import Problem
+from lm.chat import response_text
 
 __all__ = [
     "DIRECT", "MIXTURE", "Mode", "Sample", "STEPS", "SPLITS", "TASKS", "answer_of", "arithmetic_chain", "generate",
@@ -96,8 +97,7 @@ class Sample:
 
 def prompt_of(question: str, instruction: str = "") -> str:
     """The prompt of a question."""
-    asked = f"{question.strip()} {instruction.strip()}".strip()
-    return f"### Input: {asked}\n### Response:"
+    return response_text(f"{question.strip()} {instruction.strip()}")
 
 
 def answer_of(text: str) -> str:

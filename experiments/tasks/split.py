@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 from experiments.tasks import COMMON, TASK_NAMES, Problem, Reading, load_task, split_by_cluster
 
@@ -43,6 +43,23 @@ class Split:
             "evaluation_prompts": len(self.evaluation),
             "evaluation_clusters": len({problem.cluster for problem in self.evaluation}),
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per prompt, evaluation prompts first."""
+        return [
+            {
+                "side": side, "id": p.prompt_id, "question": p.question, "answer": p.answer, "steps": list(p.steps),
+                "cluster": p.cluster,
+            }
+            for side, problems in (("evaluation", self.evaluation), ("derivation", self.derivation))
+            for p in problems
+        ]  # fmt: skip
+
+    def about(self) -> str:
+        """Sizes in words; "" where nothing is asked."""
+        everyone = self.evaluation or self.derivation
+        clusters = {problem.cluster or problem.prompt_id for problem in everyone}
+        return f"{len(everyone)} prompts in {len(clusters)} clusters" if everyone else ""
 
 
 def digest(problems: Sequence[Problem]) -> str:

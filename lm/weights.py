@@ -1,6 +1,6 @@
 """Files with weights and settings: what they hold, or in one line why that cannot be read. No pickled code is ever run.
 
-Knows nothing about what the keys mean: that is layout.py.
+Knows nothing about what the keys mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from codi.protocol import UserError
+from lm.errors import UserError
 
 __all__ = ["hash_files", "listed", "read_object", "read_state", "read_weights", "refuse_pointer", "weight_files"]
 

@@ -1,0 +1,85 @@
+"""Options of studies on ordinary language models: which model, and how a request becomes its text.
+
+The counterpart of `ModelOptions` (options.py) for models that have no latents. Imports neither torch nor pandas until
+`load` is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from experiments.study.options import Options
+from lm.terms import Attention, Device, Dtype
+
+if TYPE_CHECKING:
+    from lm.model import LanguageModel
+
+__all__ = ["LanguageOptions", "load_language_model"]
+
+SMOLLM2 = "checkpoints/smollm2"
+
+
+@dataclass(frozen=True)
+class LanguageOptions(Options):
+    """Which language model, and how it runs. A run's identity has the hash of the weights and the device."""
+
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"model", "device"})
+
+    model: str = SMOLLM2
+    """Language model: a folder, a hub id such as EleutherAI/pythia-410m, a .gguf file, or the folder of a LoRA adapter.
+    The default is made by `make smollm2`."""
+    base: str | None = None
+    """Base model of an adapter; None: the one that the adapter names."""
+    gguf: str | None = None
+    """Name of a GGUF file inside the folder or hub repository."""
+    form: Literal["auto", "plain", "chat", "response"] = "auto"
+    """How a request becomes a text: as it is, in the chat template, or under ### Input and ### Response; auto:
+    what the adapter was trained on, else the chat template where there is one."""
+    device: Device = "auto"
+    """Where to compute; auto: CUDA if there is any."""
+    dtype: Dtype = "float32"
+    """Number format of the model's weights."""
+    blocks: str | None = None
+    """Name of the list of blocks in the model, such as model.layers; None: found by structure."""
+    norm: str | None = None
+    """Name of the final norm in the model, such as model.norm; None: found by structure."""
+
+    def load_arguments(self, attention: Attention = "sdpa") -> dict[str, Any]:
+        """Arguments of `lm.load.load_lm`, plain values: a model can be loaded from them in another process."""
+        return {
+            "name": self.model,
+            "base": self.base,
+            "gguf": self.gguf,
+            "form": None if self.form == "auto" else self.form,
+            "device": None if self.device == "auto" else self.device,
+            "dtype": self.dtype,
+            "attention": attention,
+            "blocks": self.blocks,
+            "norm": self.norm,
+        }
+
+    def recipe(self, attention: Attention = "sdpa") -> tuple[Callable[..., LanguageModel], dict[str, Any]]:
+        """Function of a module and its arguments that load the model in any process."""
+        return load_language_model, self.load_arguments(attention)
+
+    def load(self, attention: Attention = "sdpa") -> LanguageModel:
+        """The model, checked."""
+        return load_language_model(**self.load_arguments(attention))
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        from lm.places import refuse_missing
+
+        refuse_missing(self.model, Path(self.model).expanduser())
+
+
+def load_language_model(**arguments: Any) -> LanguageModel:
+    """The model that `LanguageOptions.load_arguments` describes."""
+    from lm.load import load_lm
+
+    print(f"loading {arguments['name']}", file=sys.stderr, flush=True)
+    return load_lm(**arguments)
