@@ -53,6 +53,8 @@ def test_a_lens_that_is_given(codi_model: CodiModel, tmp_path: Path) -> None:
 
 
 def test_refusals(codi_model: CodiModel, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"question 1 holds half a character \(\\ud83c, a lone surrogate\)"):
+        asked(AskOptions(question="5 \ud83c + 7?"), codi_model)  # bytes of a terminal that are no UTF-8 come like this
     with pytest.raises(ValueError, match=r"layers must be in 0\.\.3, got 9"):
         asked(AskOptions(question="1", layers=(9,)), codi_model)
     for arguments, says in (

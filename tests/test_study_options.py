@@ -237,7 +237,7 @@ def test_known_steps_are_asked_for_in_words_that_help(tmp_path: Path) -> None:
     records = [{"question": f"What is {i} plus {i + 40}?", "answer": 2 * i + 40} for i in range(9)]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     options = SplitOptions(task=str(file))
-    with pytest.raises(ValueError, match="9 of 9 have fewer, 'own-0' has 0: give every record a field 'steps'"):
+    with pytest.raises(ValueError, match="at least 1 known intermediate value; 9 of 9 have fewer, 'own-0' has 0: give"):
         options.load_problems(0, known_steps=1)
     for record in records:
         record["steps"] = [f"{record['answer'] - 40}+40={record['answer']}"]
