@@ -107,8 +107,8 @@ def encode(
         special: whether the tokenizer adds its own special tokens, as it is configured to.
 
     Raises:
-        ValueError: no texts, a text that is not a string or holds half a character, one without any token, or one with the text of a control
-            token that the tokenizer cannot read as plain text.
+        ValueError: no texts, a text that is not a string or holds half a character, one without any token, or one with
+            the text of a control token that the tokenizer cannot read as plain text.
     """
     if isinstance(texts, str):
         raise UserError(f"encode takes a list of {what}s, got one string: put it in a list")
