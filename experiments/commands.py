@@ -81,7 +81,7 @@ COMMANDS: dict[str, Command] = {
     "lens": Command(
         "experiments.lens.options:OPTIONS",
         "experiments.lens.run:main",
-        "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
+        "logit lens and tuned lens on latents: train, show, detect, difference, transfer, causal",
     ),
     "ask": Command(
         "experiments.lens.options:AskOptions",
