@@ -18,6 +18,7 @@ __all__ = [
     "SPACES",
     "TIMINGS",
     "TRIAL_CONTROLS",
+    "VECTOR_METHODS",
     "AnswerMode",
     "AnswerRule",
     "Attention",
@@ -31,9 +32,12 @@ __all__ = [
     "Part",
     "ProtocolName",
     "Rope",
+    "RunTokens",
     "Space",
     "TextForm",
     "Timing",
+    "VectorMethod",
+    "VectorScale",
 ]
 
 # --- How a model runs ---
@@ -73,6 +77,16 @@ KeyFrame = Literal["content", "raw"]
 KEY_FRAMES: tuple[KeyFrame, ...] = get_args(KeyFrame)
 Engine = Literal["shared", "clones"]
 """Branches over a shared prefix, or an edited copy of the cache per row."""
+
+# --- Control vectors ---
+
+VectorMethod = Literal["reading", "contrastive", "pca-contrast", "pca-reading"]
+"""How a control vector is made of pairs of texts (steering/contrasts.py)."""
+VECTOR_METHODS: tuple[VectorMethod, ...] = get_args(VectorMethod)
+VectorScale = Literal["mean", "unit"]
+"""Length of a principal component: that of the mean it stands for, or 1."""
+RunTokens = Literal["generated", "all", "last-prompt"]
+"""Which tokens of a written answer are read: those that the model wrote, these and the prompt, or the prompt's last."""
 
 # --- Against what ---
 
