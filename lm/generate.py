@@ -12,16 +12,18 @@ Knows nothing about what the tokens mean::
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lm.cache import BranchCache, build_cache, clone_cache, select_cache
+from lm.edits import Editing, ResidualEdit, check_edits
 from lm.errors import UserError
 from lm.forward import feed
 from lm.model import LanguageModel
+from lm.stops import StopStrings
 from lm.text import EncodedBatch, to_text
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ __all__ = [
     "Rules",
     "SharedPast",
     "as_lists",
+    "as_texts",
     "exclude",
     "generate",
     "most_probable",
@@ -112,6 +115,7 @@ class Rules:
         excluded: ids that are never chosen.
         temperature: 0 is greedy; otherwise logits are divided by it and tokens are drawn.
         uniforms: (row, max_new_tokens) in [0, 1), one per draw; needed (and used) above temperature 0.
+        stops: texts that end a row too; the tokens that make one are written.
 
     Raises:
         ValueError: a limit below 1, a temperature below 0, drawing without uniforms or with too few.
@@ -122,6 +126,7 @@ class Rules:
     excluded: tuple[int, ...] = ()
     temperature: float = 0.0
     uniforms: Tensor | None = None
+    stops: StopStrings | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -175,6 +180,7 @@ class OwnPast:
         mask: (row, position) bool, True at real tokens.
         look: mask of all rows, finished ones included -> what is seen of it, None: everything. Default: the mask
             itself.
+        editing: of what is fed; None: nothing is edited.
     """
 
     def __init__(
@@ -183,8 +189,10 @@ class OwnPast:
         cache: DynamicCache,
         mask: Tensor,
         look: Callable[[Tensor], Tensor | None] | None = None,
+        editing: Editing | None = None,
     ) -> None:
         self._model, self._cache, self._mask, self._look = model, clone_cache(cache), mask, look
+        self._editing = editing
         self._rows = torch.arange(len(mask), device=mask.device)
 
     def feed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
@@ -194,12 +202,15 @@ class OwnPast:
         self._mask = torch.cat((self._mask, new), dim=1)
         seen = self._mask if self._look is None else self._look(self._mask)
         seen = None if seen is None else seen[self._rows]
-        return feed(self._model, embeddings, self._cache, seen, positions).last
+        edit = None if self._editing is None else self._editing.next(embeddings.shape[1])
+        return feed(self._model, embeddings, self._cache, seen, positions, edit).last
 
     def select(self, rows: Tensor) -> None:
         """See `Past`."""
         self._cache = select_cache(self._cache, rows)
         self._rows = self._rows[rows]
+        if self._editing is not None:
+            self._editing.select(rows)
 
 
 class SharedPast:
@@ -208,19 +219,23 @@ class SharedPast:
     Args:
         model: the model.
         cache: prefixes and own slots.
+        editing: of what is fed; None: nothing is edited.
     """
 
-    def __init__(self, model: LanguageModel, cache: BranchCache) -> None:
-        self._model, self.cache = model, cache
+    def __init__(self, model: LanguageModel, cache: BranchCache, editing: Editing | None = None) -> None:
+        self._model, self.cache, self._editing = model, cache, editing
 
     def feed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """See `Past`."""
         self.cache.positions = positions
-        return feed(self._model, embeddings, self.cache, None, positions).last
+        edit = None if self._editing is None else self._editing.next(embeddings.shape[1])
+        return feed(self._model, embeddings, self.cache, None, positions, edit).last
 
     def select(self, rows: Tensor) -> None:
         """See `Past`."""
         self.cache.select(rows)
+        if self._editing is not None:
+            self._editing.select(rows)
 
     def forget(self, hidden: Tensor) -> None:
         """Leave some of the newest slots out of the past of their rows; hidden (row, slot) bool."""
@@ -284,9 +299,17 @@ def write_tokens(
             if len(going) == 0:
                 break
 
+    def going_on(rows: Tensor) -> Tensor:
+        """Which of the rows are not finished, by their latest tokens."""
+        latest = tokens[rows, count[rows] - 1]
+        goes_on = ~_among(latest, end) & (count[rows] < limit)
+        if rules.stops is not None:
+            ended = [rules.stops.ended(tokens[row, : count[row]].tolist()) for row in rows.tolist()]
+            goes_on &= ~torch.tensor(ended, dtype=torch.bool, device=device)
+        return goes_on
+
     count = tokens.ge(0).sum(1)
-    latest = tokens.gather(1, count[:, None] - 1)[:, 0]
-    alive = (~_among(latest, end) & (count < limit)).nonzero()[:, 0]
+    alive = going_on(torch.arange(size, device=device)).nonzero()[:, 0]
     if len(alive) and checked.shape[1]:
         # Tokens of a draft that were fed but not chosen are no part of the past.
         assert isinstance(past, SharedPast), "drafts need a past that can forget"
@@ -305,7 +328,7 @@ def write_tokens(
         chosen = choose(model.logits(states[alive]), read, count[read])
         tokens[read, count[read]] = chosen
         count[read] += 1
-        alive = alive[~_among(chosen, end) & (count[read] < limit)]
+        alive = alive[going_on(read)]
     return tokens, first_logits
 
 
@@ -329,6 +352,8 @@ def generate(
     temperature: float = 0.0,
     seed: int | None = None,
     end_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    edits: ResidualEdit | Sequence[ResidualEdit] = (),
     batch_size: int = 64,
     keep_first_logits: bool = False,
 ) -> Generated:
@@ -341,11 +366,17 @@ def generate(
         temperature: 0 is greedy; above 0 a seed is needed.
         seed: of the draws. What is written depends on seed and place in `texts`, not on batch_size.
         end_ids: tokens that end a text; None: the model's own.
+        stop: texts that end what is written as soon as it holds one of them; the text ends before it, the tokens hold
+            what was written of it.
+        edits: of the residual stream; a row each for every text where they have rows.
         batch_size: texts at once.
         keep_first_logits: also return the logits at the first new position.
     """
     batch = texts if isinstance(texts, EncodedBatch) else model.encode(texts)
+    given_edits = [edits] if isinstance(edits, ResidualEdit) else list(edits)
+    check_edits(model, given_edits, len(batch))
     ends = model.end_ids if end_ids is None else tuple(end_ids)
+    stops = StopStrings(model.tokenizer, stop) if len(stop) else None
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     rules = Rules.of(len(batch), max_new_tokens, ends, temperature=temperature, generator=generator)
     tokens: list[list[int]] = [[] for _ in range(len(batch))]
@@ -353,17 +384,19 @@ def generate(
     first_logits: Tensor | None = None
     for rows, given in batch.parts(batch_size):
         part = given.to(model.device)
-        mask, cache = part.attention_mask.bool(), build_cache()
-        model.check_length(part.input_ids.shape[1])
-        states = feed(model, model.embed(part.input_ids), cache, mask, part.positions).last[:, -1:]
+        mask, cache, width = part.attention_mask.bool(), build_cache(), part.input_ids.shape[1]
+        model.check_length(width)
+        own_edits = [edit.select(rows) if edit.rows else edit for edit in given_edits]
+        editing = Editing([edit.to(model.device) for edit in own_edits], prompt=width)
+        embeddings = model.embed(part.input_ids)
+        states = feed(model, embeddings, cache, mask, part.positions, editing.next(width, mask)).last[:, -1:]
         chosen = None if rules.uniforms is None else rules.uniforms[rows.cpu()]
-        own = Rules(max_new_tokens, ends, temperature=temperature, uniforms=chosen)
         written, logits = write_tokens(
             model,
-            OwnPast(model, cache, mask),
+            OwnPast(model, cache, mask, editing=editing),
             states,
             part.positions[:, -1] + 1,
-            own,
+            replace(rules, uniforms=chosen, stops=stops),
             keep_first_logits=keep_first_logits,
         )
         if logits is not None:
@@ -371,5 +404,15 @@ def generate(
             first_logits[rows.to(logits.device)] = logits
         for row, ids, done in zip(rows.tolist(), *as_lists(written, ends), strict=True):
             tokens[row], finished[row] = ids, done
-    written_texts = [to_text(model.tokenizer, ids) if model.tokenizer is not None else "" for ids in tokens]
-    return Generated(tokens, written_texts, finished, first_logits)
+    return Generated(tokens, *as_texts(model, tokens, finished, stops), first_logits)
+
+
+def as_texts(
+    model: LanguageModel, tokens: Sequence[Sequence[int]], finished: Sequence[bool], stops: StopStrings | None = None
+) -> tuple[list[str], list[bool]]:
+    """Texts of what was written, cut before a stop string, and whether each is finished; "" without a tokenizer."""
+    texts = [to_text(model.tokenizer, ids) if model.tokenizer is not None else "" for ids in tokens]
+    if stops is None:
+        return texts, list(finished)
+    cut = [stops.cut(text) for text in texts]
+    return cut, [done or len(short) < len(text) for done, short, text in zip(finished, cut, texts, strict=True)]
