@@ -12,8 +12,9 @@ Knows nothing about models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,12 +35,17 @@ def measured_outcomes(trials: pd.DataFrame) -> list[str]:
     return [name for name in OUTCOMES if own[name].notna().any()]
 
 
-def effects(trials: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+def effects(
+    trials: pd.DataFrame,
+    settings: Settings,
+    reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda one: UNSTEERED,
+) -> pd.DataFrame:
     """Every vector at every layer and alpha, per outcome; a family of comparisons is one outcome's cells.
 
     Args:
         trials: of the reported items.
         settings: resamples, permutations, level, seed.
+        reference: from a vector's condition to the unsteered one of the same items.
 
     Returns:
         NAMES, outcome, n, n_clusters, mean with mean_lower and mean_upper, reference_mean (unsteered), difference with
@@ -54,7 +60,7 @@ def effects(trials: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     for outcome in measured_outcomes(trials):
         bounds = _BOUNDS.get(outcome, (0.0, 1.0))
         known = vectors.dropna(subset=[outcome])
-        table = compare(known, [(one, UNSTEERED) for one in wanted], BY, outcome, settings, bounds)
+        table = compare(known, [(one, reference(one)) for one in wanted], BY, outcome, settings, bounds)
         level = levels(known[known["kind"] == "vector"], BY, outcome, settings, bounds).set_index(list(NAMES))
         table = table[[*NAMES, "n", "n_clusters", "mean", "reference_mean", "difference", "lower", "upper", "p", "q",
                        "fwer_p"]]  # fmt: skip

@@ -172,7 +172,7 @@ def _middle(test: pd.DataFrame, table: pd.DataFrame, layers: Sequence[int], midd
     statement, why = "the middle layer is a good choice", ""
     others = [layer for layer in layers if layer != middle]
     if middle not in layers or len(others) < 2:
-        why = f"it takes the middle layer ({middle}) and at least two others, steered were {len(layers)} layers"
+        why = f"it takes the middle layer ({middle}) and at least two others, {len(layers)} of all layers were steered"
     elif (table["correct"] <= table["baseline"]).all():
         why = "no layer raises accuracy on the validation items: there is nothing to choose between"
     if why:

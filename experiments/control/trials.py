@@ -25,10 +25,10 @@ import pyarrow as pa
 import torch
 
 from experiments.control.measures import Compared, compared_answers, distribution, text_measures
-from experiments.control.vectors import Made, Making, made_vectors
+from experiments.control.vectors import Made, Making, made_vectors, splits_of
 from experiments.study.folder import TEXT
 from experiments.study.item_texts import Reader
-from experiments.tasks.items import Item, ItemSplits
+from experiments.tasks.items import Item
 from lm.steered import Cell, Steered, steer_cells
 from lm.terms import EditPositions
 from steering.control_vectors import ControlVector
@@ -48,7 +48,7 @@ OUTCOMES = (
 """Columns that are averaged and compared."""
 TRIALS = pa.schema(
     {
-        "kind": TEXT, "method": TEXT, "layer": pa.int16(), "alpha": pa.float64(), "draw": pa.int32(),
+        "source": TEXT, "target": TEXT, "kind": TEXT, "method": TEXT, "layer": pa.int16(), "alpha": pa.float64(), "draw": pa.int32(),
         "coefficient": pa.float64(), "norm": pa.float64(), "task": TEXT, "split": TEXT, "prompt_id": pa.string(),
         "cluster": pa.string(), "answer": TEXT, "text": pa.string(), "prediction": pa.string(), "parsed": pa.bool_(),
         "correct": pa.bool_(), "choice": TEXT, "choice_correct": pa.float64(), "kl": pa.float64(),
@@ -56,7 +56,8 @@ TRIALS = pa.schema(
         "share_right": pa.float64(), "n_tokens": pa.int32(), "repetition": pa.float64(),
     }.items()
 )  # fmt: skip
-"""choice_correct, p_wrong and what rests on it are null where no answers are compared, repetition for controls."""
+"""choice_correct, p_wrong and what rests on it are null where no answers are compared, repetition for controls.
+source is the task that the vector is from, target the one that is steered; "" where there is one task only."""
 
 Split = Literal["validation", "test"]
 PILOT = 12
@@ -148,8 +149,8 @@ def equal_coefficients(bench: Workbench, setup: Setup, layer: int) -> dict[tuple
     """The coefficient of every vector at which it moves the next token as far as alpha of the first method does: mean
     KL over some validation items, for controls the mean of both signs. NaN where a vector never does."""
     vectors = bench.once(vectors_at, setup, layer)
-    items = bench.prompts.validation[:PILOT]
-    reader = reader_of(bench, setup, items)
+    items = splits_of(bench, setup.making.task).validation[:PILOT]
+    reader = reader_of(bench, setup, items, setup.making.task)
     largest = max(map(abs, setup.alphas))
     reference, others = next(iter(vectors)), list(vectors)[1:]
     asked = [(reference, alpha) for alpha in setup.alphas if alpha]
@@ -204,16 +205,16 @@ def stacked(bench: Workbench, vectors: dict[tuple[str, str, int], ControlVector]
 # --- Trials -----------------------------------------------------------------------------------------------------------
 
 
-def reader_of(bench: Workbench, setup: Setup, items: Sequence[Item]) -> Reader:
+def reader_of(bench: Workbench, setup: Setup, items: Sequence[Item], task: str) -> Reader:
     """How these items are put to the model."""
-    splits: ItemSplits = bench.prompts
-    examples = splits.derivation[: setup.making.examples]
+    examples = splits_of(bench, task).derivation[: setup.making.examples]
     return Reader.of(bench.model, items, examples, setup.making.instruction)
 
 
 def steered_trials(
-    bench: Workbench, *, seed: int, setup: Setup, split: Split, start: int, stop: int, layer: int, unsteered: bool
-) -> pd.DataFrame:
+    bench: Workbench, *, seed: int, setup: Setup, split: Split, start: int, stop: int, layer: int, unsteered: bool,
+    task: str = "",
+) -> pd.DataFrame:  # fmt: skip
     """Rows of some items at one layer.
 
     Args:
@@ -224,9 +225,10 @@ def steered_trials(
         start, stop: which of its items.
         layer: of the edit.
         unsteered: give the rows of the unsteered model too.
+        task: that is steered, where there are several; "": the only one.
     """
-    items = getattr(bench.prompts, split)[start:stop]
-    reader = reader_of(bench, setup, items)
+    items = splits_of(bench, task).parts[split][start:stop]
+    reader = reader_of(bench, setup, items, task)
     compared = compared_answers(reader, items, setup.everyone)
     vectors = bench.once(vectors_at, setup, layer)
     done = conditions(setup, vectors, layer, bench, controls=split == "test")
@@ -243,7 +245,7 @@ def steered_trials(
         first = setup.making.methods[0]
         plain = table[(table["kind"] == "vector") & (table["method"] == first) & (table["alpha"] == 0)]
         table = pd.concat([plain.assign(kind="none", method="", layer=-1), table], ignore_index=True)
-    return table.assign(split=split)
+    return table.assign(split=split, source=setup.making.task, target=task)
 
 
 def _rows(

@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     from experiments.study.parts import Workbench
     from lm.model import LanguageModel
 
-__all__ = ["Made", "Making", "contrast_texts", "made_vectors", "make_vectors", "read_vectors", "vector_files_hash"]
+__all__ = [
+    "Made", "Making", "TaskItems", "contrast_texts", "halves", "made_vectors", "make_vectors", "read_vectors",
+    "splits_of", "vector_files_hash",
+]  # fmt: skip
+
+PARTS = ("derivation", "validation", "test")
 
 ANSWER_TOKENS = 32
 """Longest answer that is generated to find items that the model fails on, where answers are words."""
@@ -54,6 +59,7 @@ class Making:
         shuffled: vectors of shuffled pairs.
         files: folder or file that vectors are read from; "": they are made.
         seed, batch_size: of what is drawn, and texts at once.
+        task: whose derivation items, where there are several tasks; "": the only one.
     """
 
     methods: tuple[str, ...]
@@ -66,6 +72,36 @@ class Making:
     files: str = ""
     seed: int = 0
     batch_size: int = 64
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """Items of several tasks; no two parts share anything, of whatever tasks.
+
+    Raises:
+        ValueError: they do.
+    """
+
+    tasks: Mapping[str, ItemSplits]
+
+    def __post_init__(self) -> None:
+        everyone = self.tasks.values()
+        ItemSplits(*(tuple(item for one in everyone for item in one.parts[part]) for part in PARTS))
+
+    def record(self) -> dict[str, str | int]:
+        """Hashes and sizes, for the manifest."""
+        return {f"{task}: {key}": value for task, one in self.tasks.items() for key, value in one.record().items()}
+
+    def about(self) -> str:
+        """Sizes in words."""
+        return "; ".join(f"{task}: {one.about()}" for task, one in self.tasks.items())
+
+
+def splits_of(bench: Workbench, task: str) -> ItemSplits:
+    """Items of a task of a workbench."""
+    prompts: ItemSplits | TaskItems = bench.prompts
+    return prompts if isinstance(prompts, ItemSplits) else prompts.tasks[task]
 
 
 @dataclass(frozen=True)
@@ -160,9 +196,28 @@ def make_vectors(model: LanguageModel, items: Sequence[Item], making: Making) ->
     Raises:
         ValueError: as `contrast_texts`, or a principal component of texts that do not differ.
     """
+    reader, positive, negative = _texts(model, items, making)
+    return _fitted(reader, positive, negative, making)
+
+
+def halves(model: LanguageModel, items: Sequence[Item], making: Making) -> tuple[Made, Made]:
+    """The same from every other pair, and from the pairs between: how alike two samples of vectors are."""
+    reader, positive, negative = _texts(model, items, making)
+    if len(positive) < 4:
+        raise ValueError(f"two halves take at least 4 pairs, got {len(positive)}")
+    first, second = (_fitted(reader, positive[i::2], negative[i::2], making) for i in (0, 1))
+    return first, second
+
+
+def _texts(
+    model: LanguageModel, items: Sequence[Item], making: Making
+) -> tuple[Reader, list[str], list[str]]:  # fmt: skip
     examples, own = items[: making.examples], items[making.examples :]
     reader = Reader.of(model, own, examples, making.instruction)
-    positive, negative = contrast_texts(reader, own, making.negatives, making.seed, making.pairs)
+    return reader, *contrast_texts(reader, own, making.negatives, making.seed, making.pairs)
+
+
+def _fitted(reader: Reader, positive: Sequence[str], negative: Sequence[str], making: Making) -> Made:
     read = fit_contrasts(
         reader.model, positive, negative, batch_size=making.batch_size, draws=making.shuffled, seed=making.seed
     )
@@ -184,8 +239,7 @@ def made_vectors(bench: Workbench, making: Making) -> Made:
     if making.files:
         found = read_vectors(making.files, bench.model)
         return Made(found, {}, max((vector.origin.n or 0) for vector in found.values()))
-    items: ItemSplits = bench.prompts
-    return make_vectors(bench.model, items.derivation, making)
+    return make_vectors(bench.model, splits_of(bench, making.task).derivation, making)
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
