@@ -50,7 +50,8 @@ def trials(
                 add("random", layer, alpha, draw)
             add("shuffled", layer, alpha, 0)
     columns = {name: np.concatenate([np.broadcast_to(row[name], n) for row in rows]) for name in rows[0]}
-    constant = {"source": "", "target": "", "split": split, "task": "simulated", "answer": "x", "text": "x", "prediction": "x", "parsed": True,
+    constant = {"source": "", "target": "", "split": split, "task": "simulated", "answer": "x", "text": "x",
+                "prediction": "x", "parsed": True,
                 "choice": "x", "n_tokens": 3}  # fmt: skip
     return pd.DataFrame(columns).assign(**constant)
 

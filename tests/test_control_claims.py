@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from simulated_control import Effect, both
 
 from experiments.control.claims import claims_of
 from experiments.statistics.clusters import Settings
 from experiments.study.claims import ClaimsTable
-from simulated_control import Effect, both
 
 SETTINGS = Settings(resamples=1000, permutations=200)
 

@@ -55,7 +55,7 @@ def effects(
     """
     vectors = trials[trials["kind"].isin(("none", "vector"))]
     named = vectors.loc[vectors["kind"] == "vector", list(BY)].drop_duplicates().sort_values(list(BY))
-    wanted = named.to_dict("records")
+    wanted = [dict(zip(BY, one, strict=True)) for one in named.itertuples(index=False, name=None)]
     frames = []
     for outcome in measured_outcomes(trials):
         bounds = _BOUNDS.get(outcome, (0.0, 1.0))
@@ -188,7 +188,8 @@ def choose_both(table: pd.DataFrame) -> Choice | None:
     if joined.empty:
         return None
     worse = joined.assign(
-        correct=joined[["correct", "correct_other"]].min(axis=1), p_right=joined[["p_right", "p_right_other"]].min(axis=1)
+        correct=joined[["correct", "correct_other"]].min(axis=1),
+        p_right=joined[["p_right", "p_right_other"]].min(axis=1),
     )
     return choose(worse)
 

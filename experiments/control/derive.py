@@ -88,7 +88,8 @@ def _table(made: Made, parts: tuple[Made, Made] | None) -> pd.DataFrame:
 
 def _words(options: DeriveOptions, made: Made, table: pd.DataFrame) -> list[Section]:
     against = NEGATIVES[options.negatives]
-    lines = ["| method | norm, first to last layer | cosine of two halves of the pairs, lowest to highest |",
+    lines = ["Length, and how alike the vectors are that every other pair and the pairs between give:\n",
+             "| method | norm, first to last layer | cosine of two halves of the pairs, lowest to highest |",
              "|---|---|---|"]  # fmt: skip
     for method, own in table.groupby("method", sort=False):
         ends = f"{own['norm'].iloc[0]:.2f} to {own['norm'].iloc[-1]:.2f}"

@@ -64,9 +64,9 @@ def curves_figure(found: pd.DataFrame, methods: Sequence[str], layer: int, level
     legend(figure, panels[: len(shown)])
     note(
         figure,
-        f"Layer {layer}. {sample} Points: means with {100 * level:g} % intervals over items. Band: central "
-        f"{100 * level:g} % of single random directions of the norm of the {methods[0]} vector at the same |alpha| (one "
-        "set for both signs). Black line: the unsteered model. Alpha 0 is the unsteered model.",
+        f"Layer {layer}. {sample} Points: means; bars: {100 * level:g} % intervals of their paired change from the "
+        f"unsteered model (black line). Band: central {100 * level:g} % of single random directions of the norm of the "
+        f"{methods[0]} vector at the same |alpha| (one set for both signs).",
     )
     return figure
 
@@ -90,7 +90,7 @@ def _curves(panel: Axes, part: pd.DataFrame, methods: Sequence[str], factor: flo
     width = float(np.ptp(part["alpha"])) or 1.0
     for place, method in enumerate(methods):
         own = part[part["method"] == method].sort_values("alpha")
-        own = own.assign(lower=own["mean_lower"], upper=own["mean_upper"])
+        own = own.assign(**{end: own["reference_mean"] + own[end] for end in ("lower", "upper")})
         step = 0.0 if len(methods) == 1 else 0.006 * width
         draw_series(panel, own["alpha"], own, method, place, scale=factor, step=step, markersize=2.2, capsize=0.8)
 

@@ -34,8 +34,8 @@ __all__ = ["Compared", "compared_answers", "distribution", "judged_length", "tex
 
 CHUNK = 64
 """Rows whose distributions are held in float64 at once."""
-BEYOND = 2
-"""Tokens behind the longest answer that are read: a blank or mark before it, and the end of its last word."""
+BEYOND = 1
+"""Tokens behind the longest answer that are read: they tell where its last word ends."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def _distribution(logits: Tensor, reference: Tensor, answers: Tensor) -> dict[st
 def judged_length(reader: Reader, items: Sequence[Item], limit: int) -> int:
     """How many of at most `limit` tokens are read to judge a text; the same for every row of a run.
 
-    Words and letters stand at the beginning of a text, so the longest answer and BEYOND tokens are enough; a number may
-    stand at its end.
+    Words and letters stand at the beginning of a text, so as many tokens as the longest answer has and BEYOND more are
+    enough; a number may stand at its end.
     """
     if any(item.kind == "number" for item in items):
         return limit

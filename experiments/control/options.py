@@ -247,7 +247,7 @@ class TransferOptions(SteeringOptions, RunOptions, LanguageOptions):
     alphas: Annotated[_Words, tyro.conf.arg(metavar="LOW:HIGH:STEP|A …")] = ("-1", "-0.5", "0.5", "1")
     """Multiples of the vector; which one is reported is chosen on the validation items of its own task."""
     shuffled: int = 0
-    limit: int = 40
+    limit: int = 30
     validation: int = 20
 
     def __post_init__(self) -> None:

@@ -140,7 +140,7 @@ def _words(vectors: Mapping[str, ControlVector], tables: Mapping[str, pd.DataFra
 def _tokens(table: pd.DataFrame, method: str, layers: Sequence[int]) -> str:
     own = table[table["method"] == method]
     places = sorted({round(i * (len(layers) - 1) / (SHOWN_LAYERS - 1)) for i in range(SHOWN_LAYERS)})
-    lines = ["| layer | + | − |", "|---|---|---|"]
+    lines = ["The most promoted ones at some layers (tokens.csv has all):\n", "| layer | + | − |", "|---|---|---|"]
     for layer in (layers[place] for place in places):
         here: Any = own[own["layer"] == layer]
         sides = [

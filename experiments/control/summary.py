@@ -67,9 +67,7 @@ def _opening(plan: Plan, tables: Mapping[str, pd.DataFrame], test: pd.DataFrame)
     plain = test[test["kind"] == "none"]
     pairs = int(tables["norms"]["n_pairs"].max())
     files = plan.setup.making.files
-    origin = (
-        f"vectors from {files}" if files else f"vectors from {pairs} pairs (against: {NEGATIVES[plan.negatives]})"
-    )
+    origin = f"vectors from {files}" if files else f"vectors from {pairs} pairs (against: {NEGATIVES[plan.negatives]})"
     where = {
         "all": "every token, of the prompt and generated", "prompt": "every prompt token",
         "generated": "every generated token", "last": "the last prompt token", "once": "the first generated token",
@@ -105,8 +103,10 @@ def _table(plan: Plan, effects: pd.DataFrame, choice: Choice) -> str:
     alphas = [choice.alpha]
     if ((effects["alpha"] == -choice.alpha) & (effects["layer"] == choice.layer)).any():
         alphas.append(-choice.alpha)
-    heads = "".join(f" change at alpha {alpha:g} |" for alpha in alphas)
+    heads = "".join(f" alpha {alpha:g} |" for alpha in alphas)
     lines = [
+        "Changes from the unsteered model at the chosen cell, at its opposite, and those of random "
+        "directions of its norm:\n",
         f"| | unsteered |{heads} random at {abs(choice.alpha):g}, mean (central {100 * plan.settings.level:g} %) |",
         "|---|---|" + "---|" * (len(alphas) + 1),
     ]
@@ -122,9 +122,7 @@ def _table(plan: Plan, effects: pd.DataFrame, choice: Choice) -> str:
                                ("lower", "mean", "upper"))  # fmt: skip
             random = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})".replace("-", "−")
         lines.append(f"| {name} | {factor * one['reference_mean']:.{digits}f} | " + " | ".join([*cells, random]) + " |")
-    lines.append(
-        "\nChanges from the unsteered model, of random directions too. \\* q < 0.05 over all cells of the sweep."
-    )
+    lines.append("\n\\* q < 0.05 over all cells of the sweep.")
     return "\n".join(lines)
 
 

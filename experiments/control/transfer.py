@@ -28,8 +28,9 @@ from experiments.control.trials import TRIALS, Setup, steered_trials
 from experiments.control.vectors import TaskItems
 from experiments.statistics.beyond import beyond_draws, judge_beyond
 from experiments.statistics.clusters import Settings
+from experiments.statistics.effects import row_of
 from experiments.statistics.words import interval
-from experiments.study.claims import ClaimsTable, effect_claim
+from experiments.study.claims import Claim, ClaimsTable, effect_claim
 from experiments.study.limits import limits
 from experiments.study.parts import Part
 from experiments.study.result import Section
@@ -216,7 +217,7 @@ def transfer_claim(test: pd.DataFrame, choices: Mapping[str, Choice], settings: 
         choices: by source.
         settings: resamples, level, seed.
     """
-    found = []
+    found: list[Claim] = []
     rule = f"accuracy − accuracy(0), and − that of random directions, above {MARGIN}; first of them"
     for name, statement, same in (
         ("R6 (own task)", "a vector raises accuracy on other items of its own task", True),
@@ -252,7 +253,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     choices = {task: choose(validation_table(validation[validation["source"] == task])) for task in plan.tasks}
     table = matrix(test, choices, plan.tasks, plan.settings)
     chosen = pd.DataFrame([{"task": task, **dataclasses.asdict(choice)} for task, choice in choices.items()])
-    sample = f"Layer {plan.layer}, {plan.method} vectors, {min(plan.n_test)} to {max(plan.n_test)} items per task."
+    sample = f"Layer {plan.layer}, {plan.method} vectors, {_span(plan.n_test)} test items per task."
     return Findings(
         _words(plan, test, table, choices),
         {"transfer": table, "chosen": chosen},
@@ -262,25 +263,34 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     )
 
 
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _words(plan: Plan, test: pd.DataFrame, table: pd.DataFrame, choices: Mapping[str, Choice]) -> list[Section]:
     plain = test[(test["kind"] == "none")].drop_duplicates(["target", "prompt_id"])
     first = limits(plain.assign(parsed=True), len(plan.tasks) ** 2, plan.settings)
     found = [
         Section(
             f"{len(plain)} test items of {len(plan.tasks)} tasks; {plan.method} vectors of each task, added at layer "
-            f"{plan.layer}. The coefficient of a vector was chosen on {min(plan.n_validation)} to "
-            f"{max(plan.n_validation)} validation items of its own task: "
+            f"{plan.layer}. The coefficient of a vector was chosen on {_span(plan.n_validation)} "
+            f"validation items of its own task: "
             + ", ".join(f"{task} {choice.alpha:g}" for task, choice in choices.items())
             + f". {first}"
         )
     ]
     for outcome, title in (("correct", "Exact match, change in points"), ("p_right", "p(right), change in points")):
-        lines = ["| vector from \\ on | " + " | ".join(plan.tasks) + " |", "|---|" + "---|" * len(plan.tasks)]
-        own = table[table["own"] & (table["outcome"] == outcome)].set_index(["source", "target"])
+        lines = [
+            "At the coefficient that the vector's own task chose:\n",
+            "| vector from \\ on | " + " | ".join(plan.tasks) + " |",
+            "|---|" + "---|" * len(plan.tasks),
+        ]
+        own = table[table["own"] & (table["outcome"] == outcome)]
         for source in plan.tasks:
             cells = []
             for target in plan.tasks:
-                row = own.loc[(source, target)]
+                row = row_of(own, {"source": source, "target": target})
                 rank = "^" if row["difference"] > 0 and row["p_above"] <= plan.settings.alpha else ""
                 cells.append(interval(row, "difference") + ("*" if row["q"] < plan.settings.alpha else "") + rank)
             lines.append(f"| {source} | " + " | ".join(cells) + " |")

@@ -48,16 +48,17 @@ OUTCOMES = (
 """Columns that are averaged and compared."""
 TRIALS = pa.schema(
     {
-        "source": TEXT, "target": TEXT, "kind": TEXT, "method": TEXT, "layer": pa.int16(), "alpha": pa.float64(), "draw": pa.int32(),
-        "coefficient": pa.float64(), "norm": pa.float64(), "task": TEXT, "split": TEXT, "prompt_id": pa.string(),
+        "source": TEXT, "target": TEXT, "kind": TEXT, "method": TEXT, "layer": pa.int16(), "alpha": pa.float64(),
+        "draw": pa.int32(), "coefficient": pa.float64(), "norm": pa.float64(), "task": TEXT, "split": TEXT, "prompt_id": pa.string(),
         "cluster": pa.string(), "answer": TEXT, "text": pa.string(), "prediction": pa.string(), "parsed": pa.bool_(),
         "correct": pa.bool_(), "choice": TEXT, "choice_correct": pa.float64(), "kl": pa.float64(),
         "entropy": pa.float64(), "p_right": pa.float64(), "p_wrong": pa.float64(), "p_answers": pa.float64(),
         "share_right": pa.float64(), "n_tokens": pa.int32(), "repetition": pa.float64(),
     }.items()
 )  # fmt: skip
-"""choice_correct, p_wrong and what rests on it are null where no answers are compared, repetition for controls.
-source is the task that the vector is from, target the one that is steered; "" where there is one task only."""
+"""choice_correct, p_wrong and what rests on it are null where no answers are compared, repetition for controls and on
+validation items. source is the task that the vector is from, target the one that is steered; "" where there is one
+task only."""
 
 Split = Literal["validation", "test"]
 PILOT = 12
@@ -237,8 +238,11 @@ def steered_trials(
         chosen = [one for one in done if (one.kind == "vector") == whole]
         if not chosen:
             continue
-        for rows in _rows(bench, setup, reader, items, vectors, chosen, layer, whole):
-            frames.append(_frame(setup, reader, items, compared, vectors, chosen, layer, rows, whole))
+        limit = setup.limit if whole and split == "test" else setup.judged
+        for rows in _rows(bench, setup, reader, items, vectors, chosen, layer, limit):
+            frames.append(
+                _frame(setup, reader, items, compared, vectors, chosen, layer, rows, whole and split == "test")
+            )
             bench.advance(len(rows))
     table = pd.concat(frames, ignore_index=True)
     if unsteered:
@@ -250,15 +254,14 @@ def steered_trials(
 
 def _rows(
     bench: Workbench, setup: Setup, reader: Reader, items: Sequence[Item],
-    vectors: dict[tuple[str, str, int], ControlVector], chosen: Sequence[Condition], layer: int, whole: bool,
+    vectors: dict[tuple[str, str, int], ControlVector], chosen: Sequence[Condition], layer: int, limit: int,
 ) -> Iterator[Steered]:  # fmt: skip
-    """Steered rows of some conditions; controls write no more than is read."""
+    """Steered rows of some conditions; controls and validation items write no more than is read."""
     names = list(vectors)
     cells = [Cell(layer, names.index((one.kind, one.method, one.draw)), one.coefficient) for one in chosen]
     yield from steer_cells(
         reader.model, reader.encode(items), stacked(bench, vectors, layer), cells, setup.positions,
-        normalise=setup.normalise, max_new_tokens=setup.limit if whole else setup.judged,
-        batch_size=setup.batch_size,
+        normalise=setup.normalise, max_new_tokens=limit, batch_size=setup.batch_size,
     )  # fmt: skip
 
 

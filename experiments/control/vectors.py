@@ -167,7 +167,8 @@ def _own_answers(reader: Reader, items: Sequence[Item]) -> list[str]:
 
 
 def _given(path: Path) -> tuple[list[str], list[str]]:
-    positive, negative = [], []
+    positive: list[str] = []
+    negative: list[str] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
@@ -175,11 +176,11 @@ def _given(path: Path) -> tuple[list[str], list[str]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        texts = [record.get(name) for name in ("positive", "negative")] if isinstance(record, dict) else [None]
-        if not all(isinstance(text, str) and text for text in texts):
+        right, wrong = (record.get(name) if isinstance(record, dict) else None for name in ("positive", "negative"))
+        if not isinstance(right, str) or not isinstance(wrong, str) or not right or not wrong:
             raise ValueError(f"{path}, line {number}: a pair has the texts positive and negative")
-        positive.append(texts[0])
-        negative.append(texts[1])
+        positive.append(right)
+        negative.append(wrong)
     if len(positive) < 2:
         raise ValueError(f"{path}: at least 2 pairs are needed, got {len(positive)}")
     return positive, negative
