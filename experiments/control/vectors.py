@@ -18,7 +18,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.control.options import CONTRASTS, Negatives
 from experiments.study.item_texts import Reader
@@ -92,6 +92,10 @@ class TaskItems:
     def record(self) -> dict[str, str | int]:
         """Hashes and sizes, for the manifest."""
         return {f"{task}: {key}": value for task, one in self.tasks.items() for key, value in one.record().items()}
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per item, with the task as it was asked for."""
+        return [{**record, "task": task} for task, one in self.tasks.items() for record in one.records()]
 
     def about(self) -> str:
         """Sizes in words."""
