@@ -133,6 +133,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.control.run:main",
         "control vectors of ordinary language models: derive, sweep, show, transfer",
     ),
+    "circuit": Command(
+        "experiments.circuit.options:CircuitOptions",
+        "experiments.circuit.run:main",
+        "which heads make each word of a written chain of thought (language models)",
+    ),
     "show": Command(
         "experiments.show.options:ShowOptions",
         "experiments.show.run:main",
@@ -142,6 +147,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.page.options:FindingsOptions",
         "experiments.page.findings:main",
         "run every study on one model and collect what they found on one page",
+    ),
+    "findings-language": Command(
+        "experiments.page.options:LanguageFindingsOptions",
+        "experiments.page.findings:main_language",
+        "the same for the studies of ordinary language models",
     ),
 }
 
