@@ -128,6 +128,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),
+    "control": Command(
+        "experiments.control.options:OPTIONS",
+        "experiments.control.run:main",
+        "control vectors of ordinary language models: derive, sweep, show, transfer",
+    ),
     "circuit": Command(
         "experiments.circuit.options:CircuitOptions",
         "experiments.circuit.run:main",
