@@ -22,7 +22,7 @@ class Entry:
         command: the words after `codi`; options may follow.
         question: one line for the page.
         figures: names of the figures that are shown, in this order.
-        reads: option that names a folder which another study wrote, and that study.
+        reads: options that name a folder which another study wrote, each with that study.
         model: of a page about several models, the one that it is run on.
     """
 
@@ -30,13 +30,13 @@ class Entry:
     command: tuple[str, ...]
     question: str
     figures: tuple[str, ...] = ()
-    reads: tuple[str, str] | None = None
+    reads: tuple[tuple[str, str], ...] = ()
     model: str = ""
 
     def on(self, model: str) -> Entry:
         """The same study on one of several models, its folder and pictures named after both."""
         label = Path(model).name
-        reads = None if self.reads is None else (self.reads[0], f"{label}-{self.reads[1]}")
+        reads = tuple((option, f"{label}-{study}") for option, study in self.reads)
         return dataclasses.replace(self, name=f"{label}-{self.name}", reads=reads, model=model)
 
     def called(self, before: str = "") -> str:
@@ -57,7 +57,7 @@ class Entry:
         return next(member for member in members if member.COMMAND == self.words)
 
 
-LENS = ("--lens", "lens")
+LENS = (("--lens", "lens"),)
 STUDIES: tuple[Entry, ...] = (
     Entry("lens", ("lens", "train"), "Tuned lenses for every latent × layer: held-out KL.", ("held_out",)),
     Entry("lens-show", ("lens", "show"), "What the lenses read in one prompt.", ("heatmap",), LENS),
