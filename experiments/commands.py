@@ -83,6 +83,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.lens.run:main",
         "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
     ),
+    "ask": Command(
+        "experiments.lens.options:AskOptions",
+        "experiments.lens.ask:main",
+        "one question: the answer, and what a lens reads at each latent",
+    ),
     "alternation": Command(
         "experiments.alternation.options:AlternationOptions",
         "experiments.alternation.run:main",
@@ -123,10 +128,25 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),
+    "circuit": Command(
+        "experiments.circuit.options:CircuitOptions",
+        "experiments.circuit.run:main",
+        "which heads make each word of a written chain of thought (language models)",
+    ),
+    "show": Command(
+        "experiments.show.options:ShowOptions",
+        "experiments.show.run:main",
+        "look at a run: its summary, or question, unsteered and steered answer of a cell of a sweep",
+    ),
     "findings": Command(
         "experiments.page.options:FindingsOptions",
         "experiments.page.findings:main",
         "run every study on one model and collect what they found on one page",
+    ),
+    "findings-language": Command(
+        "experiments.page.options:LanguageFindingsOptions",
+        "experiments.page.findings:main_language",
+        "the same for the studies of ordinary language models",
     ),
 }
 

@@ -18,6 +18,7 @@ __all__ = [
     "SPACES",
     "TIMINGS",
     "TRIAL_CONTROLS",
+    "VECTOR_METHODS",
     "AnswerMode",
     "AnswerRule",
     "Attention",
@@ -32,9 +33,12 @@ __all__ = [
     "Part",
     "ProtocolName",
     "Rope",
+    "RunTokens",
     "Space",
     "TextForm",
     "Timing",
+    "VectorMethod",
+    "VectorScale",
 ]
 
 # --- How a model runs ---
@@ -55,8 +59,8 @@ ProtocolName = Literal["original", "original-eos", "answer-only"]
 AnswerMode = Literal["latent", "direct", "verbal"]
 """What comes before the answer: latents, nothing, or a written chain of thought."""
 ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
-AnswerRule = Literal["grammar", "published"]
-"""How an answer is read: by the number grammar of the data sets, or the last number (the published evaluation)."""
+AnswerRule = Literal["common", "published"]
+"""How an answer is read: by common sense, as numbers in data sets are, or the last number (published evaluation)."""
 
 # --- What is edited, where and when ---
 
@@ -78,6 +82,16 @@ generated after it, every prompt token, every generated token, the last prompt t
 only. Padding never."""
 Engine = Literal["shared", "clones"]
 """Branches over a shared prefix, or an edited copy of the cache per row."""
+
+# --- Control vectors ---
+
+VectorMethod = Literal["reading", "contrastive", "pca-contrast", "pca-reading"]
+"""How a control vector is made of pairs of texts (steering/contrasts.py)."""
+VECTOR_METHODS: tuple[VectorMethod, ...] = get_args(VectorMethod)
+VectorScale = Literal["mean", "unit"]
+"""Length of a principal component: that of the mean it stands for, or 1."""
+RunTokens = Literal["generated", "all", "last-prompt"]
+"""Which tokens of a written answer are read: those that the model wrote, these and the prompt, or the prompt's last."""
 
 # --- Against what ---
 
