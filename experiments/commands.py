@@ -81,7 +81,7 @@ COMMANDS: dict[str, Command] = {
     "lens": Command(
         "experiments.lens.options:OPTIONS",
         "experiments.lens.run:main",
-        "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
+        "logit lens and tuned lens on latents: train, show, detect, difference, transfer, causal",
     ),
     "ask": Command(
         "experiments.lens.options:AskOptions",
@@ -127,6 +127,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.options:EarlyExitOptions",
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
+    ),
+    "control": Command(
+        "experiments.control.options:OPTIONS",
+        "experiments.control.run:main",
+        "control vectors of ordinary language models: derive, sweep, show, transfer",
     ),
     "circuit": Command(
         "experiments.circuit.options:CircuitOptions",

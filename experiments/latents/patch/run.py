@@ -155,7 +155,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
 STUDY = Study(
     options=PatchOptions,
     title="Patching latents",
-    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=3),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,
