@@ -221,9 +221,9 @@ class PairStatistics:
         Raises:
             ValueError: a draw that was not collected, or no negative texts.
         """
-        count = self._moments(True, "shuffled pairs").count
+        count = self._moments(True, "a shuffled vector").count
         if not 0 <= draw < self._draws:
-            raise UserError(f"draw must be in 0..{self._draws - 1}, got {draw}" if self._draws else "no draws were asked")
+            raise UserError(f"{self._draws} shuffled vectors were collected, numbered from 0, got {draw}")
         assert self._swapped is not None
         mean = self._swapped[draw] / count
         origin = replace(self._origin, method="shuffled", n=count)
@@ -236,7 +236,7 @@ class PairStatistics:
         if not contrast:
             return self._positive
         if self._difference is None:
-            raise UserError(f"{what} need{'s' if what[:3] == 'the' else ''} negative texts, none were given")
+            raise UserError(f"{what} needs negative texts, none were given")
         return self._difference
 
     def _sign(self, direction: Tensor, layer: int) -> float:

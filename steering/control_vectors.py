@@ -4,9 +4,9 @@
     with steer(model, vector, 1.5, layers=[12]):                           # steering.controlled
         model.base.generate(**inputs)
 
-Layers are those of `lm`: layer l is the output of block l, before the final norm, 1..n_layers. A vector that is added at
-layer l therefore moves exactly what was read there. Vectors carry the weights that they were read from and are refused
-for other ones.
+Layers are those of `lm`: layer l is the output of block l, 1..n_layers, also the last one before the final norm. A
+vector that is added at layer l therefore moves exactly what was read there. Vectors carry the identity of the weights
+that they were read from and are refused for other ones.
 
 Knows nothing about texts, files (those are in vector_files.py) or what becomes of a steered model.
 """
@@ -133,6 +133,15 @@ class ControlVector:
         """(layer, d_model) the directions, in the order of `layers`."""
         return torch.stack(list(self.directions.values()))
 
+    def stacked(self, n_layers: int) -> Tensor:
+        """(n_layers + 1, d_model) one row per layer from 0 on, zero where there is no direction, as grids of edits
+        (`lm.steered`) take it; ValueError if a layer is above n_layers."""
+        if self.layers[-1] > n_layers:
+            raise UserError(f"layer {self.layers[-1]} of this control vector is above the model's {n_layers}")
+        rows = torch.zeros(n_layers + 1, self.d_model)
+        rows[list(self.layers)] = self.tensor()
+        return rows
+
     def only(self, layers: Iterable[int]) -> ControlVector:
         """The same vector with some of its layers; ValueError for one that it does not have."""
         chosen = {layer: self[layer] for layer in layers}
@@ -161,9 +170,7 @@ class ControlVector:
         """Layer -> cosine with the same layer of another vector, for the layers that both have; nan for zeros."""
         both = [layer for layer in self.layers if layer in other.directions]
         if not both:
-            raise UserError(
-                f"these control vectors share no layer: {_listed(self.layers)} and {_listed(other.layers)}"
-            )
+            raise UserError(f"these control vectors share no layer: {_listed(self.layers)} and {_listed(other.layers)}")
         table = self.only(both).cosines(other.only(both))
         return {layer: float(table[i, i]) for i, layer in enumerate(both)}
 

@@ -55,7 +55,9 @@ def equal_kl(coefficients: Sequence[float], kl: Sequence[float], target: float) 
             reaches it.
     """
     if len(coefficients) != len(kl) or len(kl) < 2:
-        raise UserError(f"one divergence per coefficient and two or more are needed, got {len(coefficients)}, {len(kl)}")
+        raise UserError(
+            f"two or more coefficients with a divergence each are needed, got {len(coefficients)}, {len(kl)}"
+        )
     if not all(map(math.isfinite, (*coefficients, *kl, target))) or target <= 0:
         raise UserError(f"coefficients and divergences must be finite and the target above 0, got target {target}")
     sign = math.copysign(1.0, coefficients[-1])
