@@ -247,7 +247,7 @@ class _Watch:
             self.prompt = width
         elif start and width > 1 and any(edit.positions != "all" for edit in self.edits):
             raise UserError(
-                f"{width} tokens were fed after a cache that holds {start}: whether they are prompt or generated cannot "
+                f"{width} tokens were fed after a cache that holds {start}: whether they are of the prompt cannot "
                 "be told, so edits must have positions all here"
             )
         self.fed = tokens if past is None else None

@@ -252,6 +252,7 @@ def write_tokens(
     position: Tensor,
     rules: Rules,
     *,
+    begun: Tensor | None = None,
     drafts: Tensor | None = None,
     packing: float = 1.0,
     keep_first_logits: bool = False,
@@ -261,17 +262,19 @@ def write_tokens(
     Args:
         model: the model.
         past: of the rows; used up.
-        states: (row, 1 + draft, d_model) last states that predict tokens 0, 1, …: of the last token of the past, and
-            of the tokens of a draft that was fed after it.
+        states: (row, 1 + draft, d_model) last states that predict the tokens to be chosen: of the last token of the
+            past, and of the tokens of a draft that was fed after it.
         position: (row,) position id of token 0.
         rules: how tokens are chosen.
+        begun: (row, token) tokens 0, 1, … that were chosen and fed already, none of which ended its row; None: none.
         drafts: (row, draft) the tokens of that draft, -1 behind its end. They are checked in one go and forgotten from
             the first that is not chosen on; needs a past that can forget. Does not change tokens.
         packing: finished rows leave when less than this share of the rows is still being written (1: at once).
-        keep_first_logits: also return the logits at token 0.
+        keep_first_logits: also return the first logits.
 
     Returns:
-        tokens (row, max_new_tokens) with the one that ended the row, -1 after it; (row, vocab) or None.
+        tokens (row, max_new_tokens) with the one that ended the row, -1 after it; (row, vocab), at the first token
+        that was chosen here, or None.
     """
     device, size, limit = states.device, len(states), rules.max_new_tokens
     end = torch.tensor(rules.end_ids, dtype=torch.long, device=device)
@@ -279,6 +282,9 @@ def write_tokens(
     uniforms = None if rules.temperature == 0 or rules.uniforms is None else rules.uniforms.to(device)
     checked = torch.empty(size, 0, dtype=torch.long, device=device) if drafts is None else drafts
     tokens = torch.full((size, limit), -1, dtype=torch.long, device=device)
+    start = 0 if begun is None else begun.shape[1]
+    if begun is not None:
+        tokens[:, :start] = begun
 
     def choose(logits: Tensor, rows: Tensor, places: Tensor | int) -> Tensor:
         logits = exclude(logits, excluded)
@@ -292,8 +298,8 @@ def write_tokens(
         logits = model.logits(states[going, step])
         if step == 0 and keep_first_logits:
             first_logits = logits
-        chosen = choose(logits, going, step)
-        tokens[going, step] = chosen
+        chosen = choose(logits, going, start + step)
+        tokens[going, start + step] = chosen
         if step < checked.shape[1]:
             going = going[chosen == checked[going, step]]
             if len(going) == 0:
@@ -314,7 +320,7 @@ def write_tokens(
         # Tokens of a draft that were fed but not chosen are no part of the past.
         assert isinstance(past, SharedPast), "drafts need a past that can forget"
         ahead = torch.arange(checked.shape[1], device=device)
-        past.forget(ahead[None, :] >= (count - 1)[:, None])
+        past.forget(ahead[None, :] >= (count - start - 1)[:, None])
     rows = torch.arange(size, device=device)  # the row of `tokens` that each row of the past is
     while len(alive):
         if len(alive) < packing * len(rows):

@@ -11,24 +11,29 @@ Knows nothing about where vectors come from, answers or statistics::
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lm.cache import build_cache
-from lm.edits import Editing, ResidualEdit, check_edits
+from lm.cache import build_cache, select_cache
+from lm.edits import Editing, ResidualEdit
 from lm.errors import UserError
-from lm.forward import feed
-from lm.generate import OwnPast, Rules, as_lists, as_texts, write_tokens
+from lm.generate import OwnPast, Past, Rules, as_lists, as_texts, write_tokens
 from lm.model import LanguageModel
+from lm.partial import Stem, above, below, join_caches
 from lm.stops import StopStrings
-from lm.terms import EditPositions
+from lm.tails import Tail, can_share, extend
+from lm.terms import EditPositions, Engine
 from lm.text import EncodedBatch
 
 __all__ = ["Cell", "Steered", "steer_cells"]
+
+_TEXTS = 16  # fewest texts of a part: their unsteered states are kept while their rows are run
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ def steer_cells(
     stop: Sequence[str] = (),
     keep_logits: bool = True,
     batch_size: int = 64,
+    engine: Engine | None = None,
 ) -> Iterator[Steered]:
     """Every text under every cell, in chunks of rows; each pair comes once, in no promised order.
 
@@ -99,23 +105,28 @@ def steer_cells(
         stop: texts that end what is written, see `lm.generate.generate`.
         keep_logits: give first_logits and reference.
         batch_size: rows at once.
+        engine: how rows go on from a prompt that no edit has touched: over one copy of its cache for all of them, or
+            over a copy each; None: shared wherever the model's attention allows it. Same numbers.
 
     Raises:
         ValueError: vectors of another shape or that are not finite, cells that name a layer or vector that there is
             not, no cells, or what `lm.generate.generate` refuses.
     """
-    _check(model, vectors, cells)
-    grid = _Grid(
-        model, batch, vectors, list(cells), positions, normalise, max_new_tokens, keep_logits, batch_size,
-        rules=_rules(model, len(batch), max_new_tokens, temperature, seed, end_ids, stop),
-    )  # fmt: skip
-    yield from grid.run()
+    _check(model, vectors, cells, positions)
+    engine = engine or ("shared" if can_share(model) else "clones")
+    rules = _rules(model, len(batch), max_new_tokens, temperature, seed, end_ids, stop)
+    cells = list(cells)
+    yield from _Grid(model, vectors, cells, positions, normalise, rules, keep_logits, batch_size, engine).run(batch)
 
 
-def _check(model: LanguageModel, vectors: Tensor, cells: Sequence[Cell]) -> None:
+def _check(model: LanguageModel, vectors: Tensor, cells: Sequence[Cell], positions: str) -> None:
     shape = (model.n_layers + 1, model.d_model)
     if vectors.dim() != 3 or vectors.shape[1:] != shape:
         raise UserError(f"vectors must be (vector, {shape[0]}, {shape[1]}), got {tuple(vectors.shape)}")
+    if not bool(vectors.isfinite().all()):
+        raise UserError("vectors must be finite numbers")
+    if positions not in get_args(EditPositions):
+        raise UserError(f"positions must be one of {', '.join(get_args(EditPositions))}, got {positions!r}")
     if not cells:
         raise UserError("a grid needs at least one cell, got none")
     for cell in cells:
@@ -147,68 +158,178 @@ def _rules(
 
 @dataclass
 class _Grid:
+    """The grid of one call, text part by text part.
+
+    Every part is run unsteered first, through all layers: the reference, and the stem that all cells go on from. What
+    an edit leaves as it was is not computed again:
+
+        the prompt is edited          blocks above the layer over the whole prompt, per row
+        only its last token is        blocks above the layer over that token, per row
+        only generated tokens are     the first of them is chosen once per text and is the last token of a longer prompt
+
+    Tokens after that are fed through all blocks, row by row: over a prompt that rows share where it was not edited.
+    """
+
     model: LanguageModel
-    batch: EncodedBatch
     vectors: Tensor
     cells: list[Cell]
     positions: EditPositions
     normalise: bool
-    limit: int
+    rules: Rules | None
     keep_logits: bool
     batch_size: int
-    rules: Rules | None
+    engine: Engine
 
-    def run(self) -> Iterator[Steered]:
-        zero = torch.tensor([i for i, cell in enumerate(self.cells) if cell.coefficient == 0], dtype=torch.long)
-        others = [i for i, cell in enumerate(self.cells) if cell.coefficient != 0]
-        others.sort(key=lambda i: self.cells[i].layer)
-        for texts, given in self.batch.parts(self.batch_size):
-            texts, part = texts.cpu(), given.to(self.model.device)
-            self.model.check_length(part.input_ids.shape[1] + max(self.limit - 1, 0))
-            plain = self._rows(part, texts, [])
-            if len(zero):
-                yield from self._repeated(zero, texts, plain)
-            for start in range(0, len(others) * len(texts), self.batch_size):
-                row = torch.arange(start, min(start + self.batch_size, len(others) * len(texts)))
-                cell, at = torch.tensor(others)[row // len(texts)], row % len(texts)
-                found = self._rows(part.select(at), texts[at], self._edits(cell))
-                reference = None if plain.first_logits is None else plain.first_logits[at.to(part.input_ids.device)]
-                yield replace(found, cells=cell, reference=reference)
+    def run(self, batch: EncodedBatch) -> Iterator[Steered]:
+        """All rows."""
+        zero = [i for i, cell in enumerate(self.cells) if cell.coefficient == 0]
+        by_layer: dict[int, list[int]] = {}
+        for i, cell in enumerate(self.cells):
+            if cell.coefficient != 0:
+                by_layer.setdefault(cell.layer, []).append(i)
+        fewest = min(map(len, by_layer.values()), default=1)
+        at_once = min(self.batch_size, max(_TEXTS, -(-self.batch_size // fewest)))
+        for texts, part in batch.parts(at_once):
+            texts = texts.cpu()
+            limit = 0 if self.rules is None else self.rules.max_new_tokens
+            self.model.check_length(part.input_ids.shape[1] + max(limit - 1, 0))
+            plain = self._unsteered(part, texts, sorted(by_layer))
+            yield from self._same(plain, zero, range(len(texts)))
+            for layer, chosen in sorted(by_layer.items()):
+                yield from self._layer(plain, layer, chosen)
 
-    def _edits(self, cells: Tensor) -> list[ResidualEdit]:
-        """One edit per layer that occurs among the rows; rows of other layers have coefficient 0 in it."""
-        chosen = [self.cells[i] for i in cells.tolist()]
-        edits = []
-        for layer in sorted({cell.layer for cell in chosen}):
-            coefficients = torch.tensor([cell.coefficient if cell.layer == layer else 0.0 for cell in chosen])
-            vectors = self.vectors[[cell.vector for cell in chosen], layer]
-            edits.append(ResidualEdit(layer, vectors, coefficients, self.positions, self.normalise))
-        check_edits(self.model, edits, len(chosen))
-        return [edit.to(self.model.device) for edit in edits]
+    # The unsteered texts
 
-    def _rows(self, part: EncodedBatch, texts: Tensor, edits: Sequence[ResidualEdit]) -> Steered:
-        mask, cache, width = part.attention_mask.bool(), build_cache(), part.input_ids.shape[1]
-        editing = Editing(edits, prompt=width)
-        embeddings = self.model.embed(part.input_ids)
-        states = feed(self.model, embeddings, cache, mask, part.positions, editing.next(width, mask)).last[:, -1:]
-        cells = torch.full_like(texts, -1)
+    def _unsteered(self, part: EncodedBatch, texts: Tensor, layers: list[int]) -> _Plain:
+        stem = below(self.model, part, layers, to_top=True)
+        assert stem.last is not None
+        states = stem.last[:, -1]
+        uniforms = None if self.rules is None or self.rules.uniforms is None else self.rules.uniforms[texts]
+        plain = _Plain(texts, stem, None, uniforms)
         if self.rules is None:
-            logits = self.model.logits(states[:, 0]) if self.keep_logits else None
-            nothing: list[list[int]] = [[] for _ in texts]
-            return Steered(cells, texts, logits, None, nothing, [""] * len(texts), [False] * len(texts))
-        uniforms = None if self.rules.uniforms is None else self.rules.uniforms[texts]
-        written, first = write_tokens(
-            self.model,
-            OwnPast(self.model, cache, mask, editing=editing),
-            states,
-            part.positions[:, -1] + 1,
-            replace(self.rules, uniforms=uniforms),
-            keep_first_logits=self.keep_logits,
+            plain.logits = self.model.logits(states) if self.keep_logits else None
+            return plain
+        whole = any(cell.coefficient == 0 for cell in self.cells)
+        rules = replace(self.rules, uniforms=uniforms)
+        if not whole and self.positions in ("generated", "once"):  # the first token is all that is needed
+            rules = replace(rules, max_new_tokens=1, uniforms=None if uniforms is None else uniforms[:, :1])
+        elif not whole:
+            plain.logits = self.model.logits(states) if self.keep_logits else None
+            return plain
+        past = OwnPast(self.model, stem.cache, stem.batch.attention_mask.bool())
+        after = stem.batch.positions[:, -1] + 1
+        plain.tokens, plain.logits = write_tokens(
+            self.model, past, states[:, None], after, rules, keep_first_logits=self.keep_logits
         )
-        tokens, done = as_lists(written, self.rules.end_ids)
-        return Steered(cells, texts, first, None, tokens, *as_texts(self.model, tokens, done, self.rules.stops))
+        return plain
 
-    def _repeated(self, cells: Tensor, texts: Tensor, plain: Steered) -> Iterator[Steered]:
-        """The unsteered rows once for every cell with coefficient 0."""
-        for cell in cells.tolist():
-            yield replace(plain, cells=torch.full_like(texts, cell), reference=plain.first_logits)
+    def _same(self, plain: _Plain, cells: Sequence[int], at: Sequence[int]) -> Iterator[Steered]:
+        """Rows of cells under which texts (of the part) are as unsteered."""
+        for start in range(0, len(cells) * len(at), self.batch_size):
+            chosen = list(itertools.product(cells, at))[start : start + self.batch_size]
+            row = torch.tensor([text for _, text in chosen])
+            written = None if plain.tokens is None else plain.tokens[row.to(plain.tokens.device)]
+            logits = None if plain.logits is None else plain.logits[row.to(plain.logits.device)]
+            yield self._rows(plain, torch.tensor([cell for cell, _ in chosen]), row, logits, written)
+
+    # Steered rows
+
+    def _layer(self, plain: _Plain, layer: int, cells: list[int]) -> Iterator[Steered]:
+        """All cells of a layer on the texts of a part."""
+        going: Sequence[int] = range(len(plain.texts))
+        stem, begun = plain.stem, None
+        if self.positions in ("generated", "once"):
+            if self.rules is None:  # nothing that is read comes after an edited token
+                yield from self._same(plain, cells, going)
+                return
+            assert plain.tokens is not None
+            going = self._going_on(plain)
+            over = [text for text in range(len(plain.texts)) if text not in set(going)]
+            yield from self._same(plain, cells, over)
+            if not going:
+                return
+            stem, begun = plain.longer(self.model), plain.tokens[:, :1]
+        grid = torch.tensor(list(itertools.product(going, cells)))  # rows of a text stand together
+        for chosen in grid.split(self.batch_size):
+            row, cell = chosen[:, 0], chosen[:, 1]
+            written, logits = self._steered(plain, stem, begun, layer, row, cell)
+            if begun is not None:
+                logits = None if plain.logits is None else plain.logits[row.to(plain.logits.device)]
+            yield self._rows(plain, cell, row, logits, written)
+
+    def _going_on(self, plain: _Plain) -> list[int]:
+        """Texts of the part that do not end with their first token."""
+        assert self.rules is not None and plain.tokens is not None
+        first = plain.tokens[:, 0].tolist()
+        stops = self.rules.stops
+        ends = [token in self.rules.end_ids or (stops is not None and stops.ended([token])) for token in first]
+        return [text for text, over in enumerate(ends) if not over and self.rules.max_new_tokens > 1]
+
+    def _steered(
+        self, plain: _Plain, stem: Stem, begun: Tensor | None, layer: int, row: Tensor, cell: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens and first logits of rows of one layer."""
+        device, prompt = self.model.device, plain.stem.batch.input_ids.shape[1]
+        chosen = [self.cells[i] for i in cell.tolist()]
+        vectors = self.vectors[[one.vector for one in chosen], layer].to(device)
+        coefficients = torch.tensor([one.coefficient for one in chosen], device=device)
+        edit = ResidualEdit(layer, vectors, coefficients, self.positions, self.normalise)
+        row = row.to(device)
+        width = stem.batch.input_ids.shape[1]
+        if self.positions in ("all", "prompt"):
+            editing = Editing([edit], prompt)
+            cache = None if self.rules is None else build_cache()
+            change = editing.next(width, stem.batch.attention_mask[row].bool())
+            states = above(self.model, stem, layer, row, edit=change, cache=cache)[:, -1:]
+            if cache is None:
+                return self._write(None, states, begun, plain, row)
+            joined = join_caches(select_cache(stem.cache, row), cache, layer)
+            past = OwnPast(self.model, joined, stem.batch.attention_mask[row].bool(), editing=editing)
+            return self._write(past, states, begun, plain, row)
+        editing = Editing([edit], prompt, fed=width - 1)
+        longest = prompt + (0 if self.rules is None else self.rules.max_new_tokens)
+        with Tail(self.model, stem, layer, row, editing, self.engine, longest) as tail:
+            return self._write(tail.past, tail.states, begun, plain, row)
+
+    def _write(
+        self, past: Past | None, states: Tensor, begun: Tensor | None, plain: _Plain, row: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.rules is None:
+            return None, self.model.logits(states[:, 0]) if self.keep_logits else None
+        assert past is not None
+        uniforms = None if plain.uniforms is None else plain.uniforms[row.cpu()]
+        position = plain.stem.batch.positions[row, -1] + 1
+        return write_tokens(
+            self.model, past, states, position, replace(self.rules, uniforms=uniforms),
+            begun=None if begun is None else begun[row], keep_first_logits=self.keep_logits,
+        )  # fmt: skip
+
+    def _rows(
+        self, plain: _Plain, cells: Tensor, row: Tensor, logits: Tensor | None, written: Tensor | None
+    ) -> Steered:
+        reference = None if plain.logits is None else plain.logits[row.to(plain.logits.device)]
+        if self.rules is None or written is None:
+            size = len(row)
+            return Steered(cells, plain.texts[row], logits, reference, [[] for _ in row], [""] * size, [False] * size)
+        tokens, done = as_lists(written, self.rules.end_ids)
+        texts, finished = as_texts(self.model, tokens, done, self.rules.stops)
+        return Steered(cells, plain.texts[row], logits, reference, tokens, texts, finished)
+
+
+@dataclass
+class _Plain:
+    """Unsteered texts: which, the pass over them, their uniform numbers, what they write, their next-token logits."""
+
+    texts: Tensor
+    stem: Stem
+    tokens: Tensor | None
+    uniforms: Tensor | None
+    logits: Tensor | None = None
+    _longer: Stem | None = None
+
+    def longer(self, model: LanguageModel) -> Stem:
+        """The stem of the texts with their first token behind them (0 after texts that end there: never gone on)."""
+        if self._longer is None:
+            assert self.tokens is not None
+            self._longer = extend(model, self.stem, self.tokens[:, 0])
+        return self._longer
