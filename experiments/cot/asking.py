@@ -17,13 +17,14 @@ import pandas as pd
 from experiments.cot.answers import choice_problem
 from experiments.cot.measures import request, trial_rows
 from experiments.cot.options import ContinuousTokens, Scoring, SingleTokens, SteeringOptions
-from experiments.cot.vectors import Vectors, vectors_of
-from experiments.cot.writing import Steering, likelihoods, write
+from experiments.cot.vectors import vectors_of
+from experiments.cot.writing import Steering, likelihoods, positions_of, write
 from experiments.study.parts import Workbench
 from experiments.tasks.alignment import ids_of
 from experiments.tasks.item_sets import family_of
 from experiments.tasks.items import Item
 from experiments.tasks.letters import is_right, likelihood_choice
+from lm.terms import EditPositions
 
 __all__ = ["UNSTEERED", "Asking", "ask", "condition"]
 
@@ -70,16 +71,6 @@ class Asking:
         """What stands behind the question."""
         return {"neutral": "", "steps": self.steps_text, "direct": self.direct_text}[prompt]
 
-    def steering(self, given: Mapping[str, Any], item: Item, vectors: Vectors) -> Steering:
-        """How a condition steers a question."""
-        if not given["way"]:
-            return Steering()
-        layer = given["layer"]
-        vector = vectors.of(given["vector"], given["draw"], family_of(item.task), self.seed)[layer]
-        if given["way"] == "continuous":
-            return Steering.continuous(layer, vector, given["coefficient"], self.continuous_tokens)
-        return Steering.single(layer, vector, given["coefficient"], self.single_tokens)
-
 
 def ask(
     bench: Workbench,
@@ -97,37 +88,59 @@ def ask(
         asking: how.
         what: for the progress bar.
     """
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for given in conditions:
+        for family in dict.fromkeys(family_of(item.task) for item in items) if given["vector"] == "held-out" else ("",):
+            groups.setdefault((given["prompt"], given["way"], family), []).append(given)
+    frames = []
+    with bench.bar(len(items) * len(conditions), "answer", what) as advance:
+        for (prompt, way, family), chosen in groups.items():
+            own = [item for item in items if family in ("", family_of(item.task))]
+            frames.append(_asked(bench, own, prompt, way, family, chosen, asking, advance))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _asked(
+    bench: Workbench, items: Sequence[Item], prompt: str, way: str, family: str, conditions: Sequence[Mapping[str, Any]],
+    asking: Asking, advance: Callable[[int], object],
+) -> pd.DataFrame:  # fmt: skip
+    """Questions under conditions with one sentence, one way of steering and (held-out vectors) one family."""
     model = bench.model
-    steered = any(one["way"] for one in conditions)
-    vectors = bench.once(vectors_of, asking.folder) if steered else None
-    pairs = [(item, given) for given in conditions for item in items]
-    texts = [model.text_of(request(item, asking.sentence(given["prompt"]))) for item, given in pairs]
-    rows = [Steering() if vectors is None else asking.steering(given, item, vectors) for item, given in pairs]
+    texts = [model.text_of(request(item, asking.sentence(prompt))) for item in items]
+    positions = positions_of(way, asking.continuous_tokens, asking.single_tokens)
+    steerings = [_steering(bench, given, family, asking) for given in conditions]
 
-    with bench.bar(len(pairs), "answer", what) as advance:
-        found = write(
-            model, texts, rows, asking.max_new_tokens, batch_size=asking.batch_size, seen=_both(advance, bench.advance)
-        )
-    table = trial_rows(
-        [item for item, _ in pairs], found.texts, list(map(len, found.tokens)), found.finished,
-        [given for _, given in pairs],
-    )  # fmt: skip
-    if asking.score != "text":
-        _by_likelihood(bench, [item for item, _ in pairs], texts, rows, asking, table)
-    return table
+    def seen(number: int) -> None:
+        advance(number)
+        bench.advance(number)
+
+    written = write(
+        model, texts, steerings, positions, asking.max_new_tokens, batch_size=asking.batch_size, seen=seen
+    )
+    frames = []
+    for given, steering, answers in zip(conditions, steerings, written, strict=True):
+        table = trial_rows(
+            items, [one.text for one in answers], [one.tokens for one in answers], [one.finished for one in answers],
+            [given] * len(items),
+        )  # fmt: skip
+        if asking.score != "text":
+            _by_likelihood(bench, items, texts, steering, positions, asking, table)
+        frames.append(table)
+    return pd.concat(frames, ignore_index=True)
 
 
-def _both(*functions: Callable[[int], object]) -> Callable[[int], object]:
-    def call(number: int) -> None:
-        for function in functions:
-            function(number)
-
-    return call
+def _steering(bench: Workbench, given: Mapping[str, Any], family: str, asking: Asking) -> Steering:
+    """What a condition adds."""
+    if not given["way"]:
+        return Steering()
+    vectors = bench.once(vectors_of, asking.folder)
+    vector = vectors.of(given["vector"], given["draw"], family, asking.seed)
+    return Steering(given["layer"], vector, given["coefficient"])
 
 
 def _by_likelihood(
-    bench: Workbench, items: Sequence[Item], texts: Sequence[str], rows: Sequence[Steering], asking: Asking,
-    table: pd.DataFrame,
+    bench: Workbench, items: Sequence[Item], texts: Sequence[str], steering: Steering, positions: EditPositions,
+    asking: Asking, table: pd.DataFrame,
 ) -> None:  # fmt: skip
     """Put the likeliest choice in place of the one in the text, for questions with lettered choices.
 
@@ -137,11 +150,13 @@ def _by_likelihood(
     ids = ids_of(model.tokenizer)
     of_texts = asking.score == "choices"
     asked = [i for i, item in enumerate(items) if item.kind == "letter" and (item.texts or not of_texts)]
+    if not asked:
+        return
     options = {i: items[i].texts if of_texts else items[i].choices for i in asked}
     places = [(i, option) for i in asked for option in options[i]]
     continued = [list(ids(items[i].before + option)) for i, option in places]
     found = likelihoods(
-        model, [texts[i] for i, _ in places], continued, [rows[i] for i, _ in places], batch_size=asking.batch_size
+        model, [texts[i] for i, _ in places], continued, steering, positions, batch_size=asking.batch_size
     )
     scores: dict[int, list[float]] = {}
     for (i, _), value in zip(places, found, strict=True):

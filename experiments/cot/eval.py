@@ -109,27 +109,23 @@ def conditions_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     found = {prompt: [{**UNSTEERED[prompt], "draw": -1}] for prompt in UNSTEERED}
     for way, (layer, c) in plan.chosen.items():
         other = next(cell[1] for name, cell in plan.chosen.items() if name != way)
-
-        def one(prompt: str, vector: str, coefficient: float, draws: int = 0) -> list[dict[str, Any]]:
-            made = condition(prompt, way, vector, layer, coefficient)  # noqa: B023 (called at once)
-            return [{**made, "draw": draw} for draw in (range(draws) if draws else (-1,))]
-
-        found[way] = one("neutral", "all", c)
-        found[f"{way}-minus"] = one("neutral", "all", -c)
-        if plan.held_out:
-            found[f"{way}-held-out"] = one("neutral", "held-out", c)
-        found[f"{way}-random"] = one("neutral", "random", c, plan.draws)
-        if plan.shuffles:
-            found[f"{way}-shuffled"] = one("neutral", "shuffled", c, plan.shuffles)
-        if other != c:
-            found[f"{way}-other"] = one("neutral", "all", other)
-        found[f"{way}-asked-minus"] = one("steps", "all", -c)
-        found[f"{way}-asked-random"] = one("steps", "random", c, plan.draws)
+        wanted = [("neutral", "all", c, 0), ("neutral", "all", -c, 0), ("neutral", "random", c, plan.draws)]
+        wanted += [("neutral", "shuffled", c, plan.shuffles)] if plan.shuffles else []
+        wanted += [("neutral", "all", other, 0)] if other != c else []
+        asked = [("steps", "all", -c, 0), ("steps", "random", c, plan.draws)]
+        held_out = [("neutral", "held-out", c, 0)] if plan.held_out else []
+        for name, group in ((way, wanted), (f"{way}-asked", asked), (f"{way}-held-out", held_out)):
+            if group:
+                found[name] = [
+                    {**condition(prompt, way, vector, layer, coefficient), "draw": draw}
+                    for prompt, vector, coefficient, draws in group
+                    for draw in (range(draws) if draws else (-1,))
+                ]
     return found
 
 
 def parts(plan: Plan) -> list[Part]:
-    """One trial table, a part per condition."""
+    """One trial table, a part for each prompt, way of steering and group of conditions that share their prompts."""
     return [
         Part(name, answers, {"conditions": tuple(tuple(one.items()) for one in given), "asking": plan.asking, "what": name},
              plan.asking.seed, TRIALS, "answers")

@@ -1,6 +1,6 @@
-"""Answers under a chain-of-thought vector: rows of prompts, each with its own steering, written in common batches.
+"""Answers under a chain-of-thought vector, written by the shared engine of steered cells (lm/steered.py).
 
-Continuous steering adds c times the vector at every token that the model writes, and (unless asked otherwise) at the
+Continuous steering adds c times the vector at every token that the model writes and (unless asked otherwise) at the
 last token of the prompt, which predicts the first one; single steering adds it once, while the prompt is read, and the
 cache carries it on. Also the likelihood of given continuations under the same steering, for scoring without a text.
 
@@ -19,96 +19,83 @@ from experiments.cot.options import ContinuousTokens, SingleTokens
 from lm.cache import build_cache
 from lm.edits import Editing, ResidualEdit
 from lm.forward import feed
-from lm.generate import Generated, generate
 from lm.model import LanguageModel
+from lm.steered import Cell, steer_cells
 from lm.terms import EditPositions
 from lm.text import EncodedBatch
+from steering.control_vectors import ControlVector
 
-__all__ = ["Steering", "edits_of", "likelihoods", "write"]
-
-_CONTINUOUS: dict[ContinuousTokens, tuple[EditPositions, ...]] = {
-    "answer": ("last", "generated"),
-    "generated": ("generated",),
-    "all": ("all",),
-}
+__all__ = ["Answer", "Steering", "likelihoods", "positions_of", "write"]
 
 
 @dataclass(frozen=True)
 class Steering:
-    """How one row is steered.
+    """How texts are steered.
 
     Attributes:
-        positions: of the edits, see `positions_of`; empty: not at all.
         layer: 1..n_layers.
-        vector: (d_model,).
+        vector: that is added; None: none, the model as it is.
         coefficient: multiple of it.
     """
 
-    positions: tuple[EditPositions, ...] = ()
-    layer: int = 0
-    vector: Tensor | None = None
+    layer: int = 1
+    vector: ControlVector | None = None
     coefficient: float = 0.0
 
-    @classmethod
-    def continuous(cls, layer: int, vector: Tensor, coefficient: float, tokens: ContinuousTokens) -> Steering:
-        """Steering of every token that is written."""
-        return cls(_CONTINUOUS[tokens], layer, vector, coefficient)
 
-    @classmethod
-    def single(cls, layer: int, vector: Tensor, coefficient: float, tokens: SingleTokens) -> Steering:
-        """Steering of the prompt alone, which is read once."""
-        return cls((tokens,), layer, vector, coefficient)
+@dataclass(frozen=True)
+class Answer:
+    """What was written: text, number of tokens before the end of text, whether that end came."""
+
+    text: str
+    tokens: int
+    finished: bool
 
 
-def edits_of(rows: Sequence[Steering], d_model: int) -> list[ResidualEdit]:
-    """One edit per layer and kind of tokens that occurs; rows of others have coefficient 0 in it."""
-    places = sorted({(row.layer, position) for row in rows for position in row.positions})
-    edits = []
-    for layer, position in places:
-        here = [row.layer == layer and position in row.positions for row in rows]
-        vectors, coefficients = torch.zeros(len(rows), d_model), torch.zeros(len(rows))
-        for at, (row, own) in enumerate(zip(rows, here, strict=True)):
-            if own:
-                assert row.vector is not None
-                vectors[at], coefficients[at] = row.vector, row.coefficient
-        edits.append(ResidualEdit(layer, vectors, coefficients, position))
-    return edits
+def positions_of(way: str, continuous: ContinuousTokens, single: SingleTokens) -> EditPositions:
+    """Tokens that a way of steering edits, in the engine's words, which are those of the options."""
+    return continuous if way == "continuous" else single
 
 
 def write(
     model: LanguageModel,
     texts: Sequence[str],
-    rows: Sequence[Steering],
+    steerings: Sequence[Steering],
+    positions: EditPositions,
     max_new_tokens: int,
     *,
     batch_size: int,
     seen: Callable[[int], object] = lambda rows: None,
-) -> Generated:
-    """Greedy answers, in the order of the texts.
+) -> list[list[Answer]]:
+    """Greedy answers of every text under every steering.
 
     Args:
         model: the model.
         texts: of `LanguageModel.text_of`.
-        rows: (text,) how each is steered.
+        steerings: one or more.
+        positions: tokens that are edited.
         max_new_tokens: longest answer.
         batch_size: rows at once.
         seen: called with the number of rows done since the last call.
+
+    Returns:
+        (steering, text).
     """
-    tokens: list[list[int]] = [[] for _ in texts]
-    written, finished = [""] * len(texts), [False] * len(texts)
-    # Rows of similar length and the same place side by side: less padding, fewer edits per batch.
-    lengths = model.encode(list(texts)).lengths.tolist()
-    order = sorted(range(len(texts)), key=lambda i: (rows[i].layer, rows[i].positions, lengths[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        edits = edits_of([rows[i] for i in chosen], model.d_model)
-        found = generate(
-            model, [texts[i] for i in chosen], max_new_tokens, edits=edits, batch_size=batch_size
-        )
-        for place, i in enumerate(chosen):
-            tokens[i], written[i], finished[i] = found.tokens[place], found.texts[place], found.finished[place]
-        seen(len(chosen))
-    return Generated(tokens, written, finished)
+    vectors = torch.zeros(len(steerings), model.n_layers + 1, model.d_model)
+    cells = []
+    for index, one in enumerate(steerings):
+        if one.vector is not None:
+            vectors[index, one.layer] = one.vector[one.layer]
+        cells.append(Cell(one.layer, index, one.coefficient if one.vector is not None else 0.0))
+    found: dict[tuple[int, int], Answer] = {}
+    for rows in steer_cells(
+        model, model.encode(list(texts)), vectors, cells, positions, max_new_tokens=max_new_tokens, keep_logits=False,
+        batch_size=batch_size,
+    ):  # fmt: skip
+        for place, key in enumerate(zip(rows.cells.tolist(), rows.rows.tolist(), strict=True)):
+            found[key] = Answer(rows.texts[place], len(rows.tokens[place]), rows.finished[place])
+        seen(len(rows))
+    return [[found[cell, text] for text in range(len(texts))] for cell in range(len(cells))]
 
 
 @torch.no_grad()
@@ -116,7 +103,8 @@ def likelihoods(
     model: LanguageModel,
     texts: Sequence[str],
     continuations: Sequence[Sequence[int]],
-    rows: Sequence[Steering],
+    steering: Steering,
+    positions: EditPositions,
     *,
     batch_size: int,
 ) -> list[float]:
@@ -125,16 +113,19 @@ def likelihoods(
     Args:
         model: the model.
         texts: of `LanguageModel.text_of`.
-        continuations: (text,) token ids, at least one each.
-        rows: (text,) how each is steered; the continuation counts as generated.
+        continuations: (text,) token ids, at least one each; they count as generated.
+        steering: of all of them.
+        positions: tokens that are edited.
         batch_size: rows at once.
     """
+    edits = []
+    if steering.vector is not None:
+        edits = [ResidualEdit(steering.layer, steering.vector[steering.layer], steering.coefficient, positions)]
+    edits = [edit.to(model.device) for edit in edits]
     found = [0.0] * len(texts)
     for chosen, part in model.encode(list(texts)).parts(batch_size):
         places = chosen.tolist()
-        own = [list(continuations[i]) for i in places]
-        edits = edits_of([rows[i] for i in places], model.d_model)
-        sums = _sums(model, part, own, [edit.to(model.device) for edit in edits])
+        sums = _sums(model, part, [list(continuations[i]) for i in places], edits)
         for i, value in zip(places, sums.tolist(), strict=True):
             found[i] = value
     return found
