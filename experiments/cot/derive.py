@@ -138,15 +138,20 @@ def own_answers(
     with bench.bar(2 * len(items), "answer", f"answering {name}") as advance:
         for side, sentence in (("steps", steps_text), ("direct", direct_text)):
             batch = model.encode([model.text_of(request(item, sentence)) for item in items])
-            draw = int(hashlib.sha256(f"{seed} {name} {side}".encode()).hexdigest()[:12], 16)
             written = generate(
-                model, batch, max_new_tokens, temperature=temperature, seed=draw, batch_size=batch_size
-            )
+                model, batch, max_new_tokens, temperature=temperature, seed=_seed(seed, name, side),
+                batch_size=batch_size,
+            )  # fmt: skip
             asked = [ids[real].tolist() for ids, real in zip(batch.input_ids, batch.attention_mask, strict=True)]
             runs = [Written(before, after) for before, after in zip(asked, written.tokens, strict=True)]
             found[side] = (runs, written.texts, written.finished)
             advance(len(items))
     return found
+
+
+def _seed(seed: int, name: str, what: str) -> int:
+    """A seed of its own for each set and purpose, so that question 3 of two sets does not get the same draw."""
+    return int(hashlib.sha256(f"{seed} {name} {what}".encode()).hexdigest()[:12], 16)
 
 
 def texts_part(bench: Workbench, *, seed: int, name: str, **asked: object) -> pd.DataFrame:
@@ -173,7 +178,7 @@ def means_part(
     with bench.bar(len(kept), "pair", f"reading {name}") as advance:
         found = fit_runs(
             bench.model, [a for a, _ in kept], [b for _, b in kept], tokens, batch_size=batch_size, draws=shuffles,
-            seed=seed, seen=advance,
+            seed=_seed(seed, name, "coins"), seen=advance,
         )  # fmt: skip
     vector = found.vector("contrastive")
     rows = _rows(vector, name, "pairs", -1, len(pairs) - len(kept))
@@ -255,6 +260,12 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     tables["by_set"] = levels(texts, ("set", *CONDITION), "chain", plan.settings)
     tables["difference"] = compare(texts, [(UNSTEERED["steps"], UNSTEERED["direct"])], CONDITION, "chain", plan.settings)
     tables["norms"] = norms_table(own, whole)
+    shuffled = [vector for name, vector in files.items() if vector.origin.method == "shuffled"]
+    tables["shuffled"] = pd.DataFrame(
+        [{"draw": draw, "layer": layer, "cosine": cosine} for draw, vector in enumerate(shuffled)
+         for layer, cosine in vector.cosine(whole).items()],
+        columns=["draw", "layer", "cosine"],
+    )  # fmt: skip
     tables["sets"] = pd.DataFrame(
         [
             {"set": name, "questions": number, "pairs": own[name].origin.n if name in own else 0}
@@ -310,6 +321,15 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], whole: ControlVector) 
         found.append(
             Section(f"Cosine with the vector of all sets, mean over layers (each is a part of it): {text}.", "Sets")
         )
+    if len(tables["shuffled"]):
+        each = tables["shuffled"].groupby("draw")["cosine"].mean()
+        found.append(
+            Section(
+                "Cosine with the vector, mean over layers: " + ", ".join(f"{value:+.2f}" for value in each).replace("-", "−")
+                + ". What a toss of coins leaves of the vector is small if there are many questions.",
+                "Shuffled vectors",
+            )
+        )  # fmt: skip
     return found
 
 

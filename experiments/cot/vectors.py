@@ -90,11 +90,16 @@ def vector_bytes(vector: ControlVector) -> bytes:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 over the vectors of a folder: part of the identity of runs that use them."""
+    """SHA-256 over the vectors of a folder and where they come from: part of the identity of runs that use them.
+
+    Over what they hold, not over the files: the header of a safetensors file has no fixed order.
+    """
     digest = hashlib.sha256()
     for path in sorted((folder / VECTOR).parent.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+        vector = load_vector(path)
+        origin = vector.origin
+        digest.update(repr((path.name, vector.layers, origin.model_hash, origin.n, origin.data_digest)).encode())
+        digest.update(vector.tensor().numpy().tobytes())
     return digest.hexdigest()
 
 
