@@ -1,13 +1,15 @@
 """From what a model wrote to an answer, and to where in the text it begins; the rules of lm-evaluation-harness where it
 has one.
 
-    kind of item          answer                                                    as in the harness's task
-    number                the last number, compared as a text                       gsm8k_cot_zeroshot, flexible-extract
-    letter                the last "(B)", else the last choice quoted, else …       mmlu_flan_cot_zeroshot, flexible-extract
-    letter, texts of the choices unknown: the last "(B)", else the letter after "answer is"
-    word, nothing known   the whole text must be the answer                         bigbench_*_generate_until
-    word, True or False   the first True or False                                   –
-    word, other choices   the choice that is named last as a word (plurals count)   –
+    kind of item          answer                                          as in the harness's task
+    number                the last number, compared as a text             gsm8k_cot_zeroshot (flexible-extract)
+    letter                the last "(B)", else the choice quoted last,    mmlu_flan_cot_zeroshot (flexible-extract)
+                          else the last letter after a colon
+    word, nothing known   the whole text must be the answer               bigbench_*_generate_until
+    word, True or False   the first True or False                         – (no such task)
+    word, other choices   the choice named last, also in the plural       – (no such task)
+
+Where a lettered item does not say what its choices are: the last "(B)", else the letter after "answer is".
 
 An answer that cannot be read is None and counts as wrong. Knows nothing about chains (measures.py) or models.
 """
@@ -64,7 +66,9 @@ def read(item: Item, text: str) -> Reading:
         return _letter(item, text)
     if is_truth(item):
         found = _TRUTH.search(text)
-        return Reading(None, False, None) if found is None else Reading(found[0], found[0] == item.answer, found.start())
+        return (
+            Reading(None, False, None) if found is None else Reading(found[0], found[0] == item.answer, found.start())
+        )
     if not item.choices and not item.chain:
         right = exact_text(text.strip(), (item.answer, *item.accepted))
         return Reading(text.strip() or None, right, 0 if text.strip() else None)

@@ -101,8 +101,8 @@ def ask(
 
 
 def _asked(
-    bench: Workbench, items: Sequence[Item], prompt: str, way: str, family: str, conditions: Sequence[Mapping[str, Any]],
-    asking: Asking, advance: Callable[[int], object],
+    bench: Workbench, items: Sequence[Item], prompt: str, way: str, family: str,
+    conditions: Sequence[Mapping[str, Any]], asking: Asking, advance: Callable[[int], object],
 ) -> pd.DataFrame:  # fmt: skip
     """Questions under conditions with one sentence, one way of steering and (held-out vectors) one family."""
     model = bench.model
@@ -114,9 +114,7 @@ def _asked(
         advance(number)
         bench.advance(number)
 
-    written = write(
-        model, texts, steerings, positions, asking.max_new_tokens, batch_size=asking.batch_size, seen=seen
-    )
+    written = write(model, texts, steerings, positions, asking.max_new_tokens, batch_size=asking.batch_size, seen=seen)
     frames = []
     for given, steering, answers in zip(conditions, steerings, written, strict=True):
         table = trial_rows(
@@ -165,4 +163,5 @@ def _by_likelihood(
         item = items[i]
         letter = item.choices[likelihood_choice(values, options[i], normalised=of_texts)]
         right = is_right(letter, choice_problem(item)) if item.texts else letter in (item.answer, *item.accepted)
-        table.loc[i, ["prediction", "parsed", "correct"]] = [letter, True, right]
+        table.loc[i, "prediction"] = letter
+        table.loc[i, ["parsed", "correct"]] = True, right

@@ -25,7 +25,6 @@ import pandas as pd
 from experiments.cot.asking import UNSTEERED, condition
 from experiments.cot.measures import CONDITION
 from experiments.statistics.clusters import Settings
-from experiments.statistics.effects import per_prompt
 from experiments.study.claims import ClaimsTable
 from experiments.study.verdicts import Question, judged_together, no_room
 
@@ -54,32 +53,29 @@ class Chosen(Protocol):
 
 
 class _Table:
-    """Values of every question in a condition, averaged over nothing: draws are told apart."""
+    """Outcomes of every question in every condition and draw: (question,) arrays, in the order of `clusters`."""
 
     def __init__(self, trials: pd.DataFrame) -> None:
-        names = trials.drop_duplicates("prompt_id")[["cluster", "prompt_id"]]
-        self.index = pd.MultiIndex.from_frame(names.sort_values(["cluster", "prompt_id"]).astype(str))
-        self._trials = trials
-        self._known = set(trials[list(_BY)].drop_duplicates().itertuples(index=False, name=None))
-
-    @property
-    def clusters(self) -> np.ndarray:
-        return self.index.get_level_values("cluster").to_numpy()
-
-    def draws(self, given: Mapping[str, Any]) -> list[int]:
-        """Draws that a condition has."""
-        own = tuple(given[name] for name in CONDITION)
-        return sorted(one[-1] for one in self._known if one[:-1] == own)
+        questions = trials.drop_duplicates("prompt_id").sort_values(["cluster", "prompt_id"])
+        self.clusters = questions["cluster"].astype(str).to_numpy()
+        place = {name: i for i, name in enumerate(questions["prompt_id"].astype(str))}
+        row = trials["prompt_id"].astype(str).map(place).to_numpy()
+        self._values: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
+        for key, index in trials.groupby([*_BY], observed=True).indices.items():
+            assert len(index) == len(place), f"{key}: {len(index)} answers to {len(place)} questions"
+            order = np.argsort(row[index])
+            self._values[key] = {
+                name: trials[name].to_numpy(float)[index][order] for name in ("chain", "correct")
+            }  # fmt: skip
 
     def of(self, outcome: str, given: Mapping[str, Any], draw: int = -1) -> np.ndarray:
         """(question,)."""
-        wide = per_prompt(self._trials, [{**given, "draw": draw}], _BY, outcome)
-        wide.index = wide.index.set_levels([level.astype(str) for level in wide.index.levels])
-        return wide[0].reindex(self.index).to_numpy(float)
+        return self._values[(*(given[name] for name in CONDITION), draw)][outcome]
 
     def strongest(self, outcome: str, given: Mapping[str, Any], highest: bool = True) -> np.ndarray:
         """(question,) of the draw with the highest (lowest) mean."""
-        found = [self.of(outcome, given, draw) for draw in self.draws(given)]
+        own = tuple(given[name] for name in CONDITION)
+        found = [values[outcome] for key, values in self._values.items() if key[:-1] == own]
         assert found, f"the trials have no {given}"
         return max(found, key=lambda values: values.mean() if highest else -values.mean())
 
@@ -99,9 +95,7 @@ def claims_of(plan: Chosen, trials: pd.DataFrame) -> ClaimsTable:
     return ClaimsTable(judged_together(questions, table.clusters, plan.settings))
 
 
-def _change(
-    name: str, statement: str, measured: str, after: np.ndarray, before: np.ndarray, **how: Any
-) -> Question:
+def _change(name: str, statement: str, measured: str, after: np.ndarray, before: np.ndarray, **how: Any) -> Question:
     """A paired change of a share."""
     level = float(np.mean(before))
     how.setdefault("room", (-level, 1 - level))
@@ -118,20 +112,22 @@ def _vector(plan: Chosen, way: str, kind: str = "all", sign: float = 1.0, prompt
     return condition(prompt, way, kind, layer, sign * coefficient)
 
 
-def _rise(name: str, statement: str, against: str, after: np.ndarray, before: np.ndarray, note: str = "") -> Question:
-    """More chains than before."""
-    return _change(
-        name, statement, f"paired change of the rate of chains against {against} is above 0", after, before, above=0.0,
-        blocked=no_room(float(np.mean(before)), "above", CLAIMS_SIZE), note=note,
-    )  # fmt: skip
+def _rise(
+    name: str, statement: str, against: str, after: np.ndarray, before: np.ndarray, plain: np.ndarray
+) -> Question:  # fmt: skip
+    """More chains than before; not testable where the unsteered model (`plain`) leaves no room for more."""
+    why = no_room(float(np.mean(plain)), "above", CLAIMS_SIZE)
+    measured = f"paired change of the rate of chains against {against} is above 0"
+    return _change(name, statement, measured, after, before, above=0.0, blocked=why)
 
 
-def _fall(name: str, statement: str, against: str, after: np.ndarray, before: np.ndarray, note: str = "") -> Question:
-    """Fewer chains than before."""
-    return _change(
-        name, statement, f"paired change of the rate of chains against {against} is below 0", after, before, below=0.0,
-        blocked=no_room(float(np.mean(before)), "below", CLAIMS_SIZE), note=note,
-    )  # fmt: skip
+def _fall(
+    name: str, statement: str, against: str, after: np.ndarray, before: np.ndarray, plain: np.ndarray
+) -> Question:  # fmt: skip
+    """Fewer chains than before; not testable where the unsteered model (`plain`) leaves no room for fewer."""
+    why = no_room(float(np.mean(plain)), "below", CLAIMS_SIZE)
+    measured = f"paired change of the rate of chains against {against} is below 0"
+    return _change(name, statement, measured, after, before, below=0.0, blocked=why)
 
 
 def _of_draws(number: int, what: str) -> str:
@@ -140,15 +136,15 @@ def _of_draws(number: int, what: str) -> str:
 
 def _brings_chains(plan: Chosen, table: _Table, way: str) -> list[Question]:
     text = f"{way} steering without the sentence brings chains"
-    own = table.of("chain", _vector(plan, way))
-    found = [_rise(f"C1 ({way})", text, "no steering", own, table.of("chain", UNSTEERED["neutral"]))]
+    own, plain = table.of("chain", _vector(plan, way)), table.of("chain", UNSTEERED["neutral"])
+    found = [_rise(f"C1 ({way})", text, "no steering", own, plain, plain)]
     for kind, number in (("random", plan.draws), ("shuffled", plan.shuffles)):
         name, what = f"C1 ({way}, {kind})", f"{text}, beyond {kind} vectors"
         if not number:
             found.append(_nothing(name, what, "paired change of the rate of chains is above 0", f"no {kind} vectors"))
             continue
         other = table.strongest("chain", _vector(plan, way, kind))
-        found.append(_rise(name, what, _of_draws(number, kind), own, other))
+        found.append(_rise(name, what, _of_draws(number, kind), own, other, plain))
     return found
 
 
@@ -184,7 +180,8 @@ def _coefficients(plan: Chosen, table: _Table, way: str) -> list[Question]:
     layer = plan.chosen[way][0]
     at = {c: table.of("chain", condition("neutral", way, "all", layer, c)) for c in (small, large)}
     other = large if wanted == small else small
-    return [_rise(name, text, f"{other:g} (with {wanted:g}, at layer {layer})", at[wanted], at[other])]
+    plain = table.of("chain", UNSTEERED["neutral"])
+    return [_rise(name, text, f"{other:g} (with {wanted:g}, at layer {layer})", at[wanted], at[other], plain)]
 
 
 def _suppresses(plan: Chosen, table: _Table, way: str) -> list[Question]:
@@ -192,12 +189,14 @@ def _suppresses(plan: Chosen, table: _Table, way: str) -> list[Question]:
     plain, asked = (table.of("chain", UNSTEERED[prompt]) for prompt in ("neutral", "steps"))
     own = table.of("chain", _vector(plan, way, sign=-1.0, prompt="steps"))
     other = table.strongest("chain", _vector(plan, way, "random", prompt="steps"), highest=False)
+    minus = table.of("chain", _vector(plan, way, sign=-1.0))
+    random = f"{_of_draws(plan.draws, 'random')} with the sentence"
+    asked_for = f"{text} that are asked for"
     return [
-        _fall(f"C4 ({way})", text, "no steering", table.of("chain", _vector(plan, way, sign=-1.0)), plain),
-        _fall(f"C4 ({way}, asked)", f"{text} that are asked for", "the step-by-step sentence alone", own, asked),
-        _fall(f"C4 ({way}, random)", f"{text} that are asked for, beyond random vectors",
-              f"{_of_draws(plan.draws, 'random')} with the sentence", own, other),
-    ]  # fmt: skip
+        _fall(f"C4 ({way})", text, "no steering", minus, plain, plain),
+        _fall(f"C4 ({way}, asked)", asked_for, "the step-by-step sentence alone", own, asked, asked),
+        _fall(f"C4 ({way}, random)", f"{asked_for}, beyond random vectors", random, own, other, asked),
+    ]
 
 
 def _carries_over(plan: Chosen, table: _Table, way: str) -> list[Question]:
@@ -206,11 +205,9 @@ def _carries_over(plan: Chosen, table: _Table, way: str) -> list[Question]:
     if not plan.held_out:
         why = "every tested set is akin to the only one that the vector was derived from"
         return [_nothing(name, text, "paired change of the rate of chains is above 0", why) for name in names]
-    own = table.of("chain", _vector(plan, way, "held-out"))
+    own, plain = table.of("chain", _vector(plan, way, "held-out")), table.of("chain", UNSTEERED["neutral"])
     other = table.strongest("chain", _vector(plan, way, "random"))
     return [
-        _rise(names[0], text, "no steering", own, table.of("chain", UNSTEERED["neutral"])),
-        _rise(names[1], f"{text}, beyond random vectors", _of_draws(plan.draws, "random"), own, other),
+        _rise(names[0], text, "no steering", own, plain, plain),
+        _rise(names[1], f"{text}, beyond random vectors", _of_draws(plan.draws, "random"), own, other, plain),
     ]
-
-

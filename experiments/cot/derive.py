@@ -15,7 +15,7 @@ Trials: `texts` (prompt "steps" and "direct") and `means` (per set: mean differe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from experiments.cot.options import DeriveOptions
 from experiments.cot.places import ITEMS, SHUFFLED, VECTOR, WITHOUT
 from experiments.cot.tables import all_levels, mean_row
 from experiments.cot.vectors import used_by, vector_bytes
+from experiments.figures.style import number_text
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import compare, levels
 from experiments.statistics.words import interval
@@ -154,6 +155,15 @@ def _seed(seed: int, name: str, what: str) -> int:
     return int(hashlib.sha256(f"{seed} {name} {what}".encode()).hexdigest()[:12], 16)
 
 
+def _quietly(function: Callable[[int], object]) -> Callable[[int], None]:
+    """The function without its result."""
+
+    def call(number: int) -> None:
+        function(number)
+
+    return call
+
+
 def texts_part(bench: Workbench, *, seed: int, name: str, **asked: object) -> pd.DataFrame:
     """What the model wrote to the questions of a set, both ways."""
     items = [item for item in bench.prompts.derivation if item.task == name]
@@ -178,7 +188,7 @@ def means_part(
     with bench.bar(len(kept), "pair", f"reading {name}") as advance:
         found = fit_runs(
             bench.model, [a for a, _ in kept], [b for _, b in kept], tokens, batch_size=batch_size, draws=shuffles,
-            seed=_seed(seed, name, "coins"), seen=advance,
+            seed=_seed(seed, name, "coins"), seen=_quietly(advance),
         )  # fmt: skip
     vector = found.vector("contrastive")
     rows = _rows(vector, name, "pairs", -1, len(pairs) - len(kept))
@@ -206,7 +216,9 @@ def vectors_of_trials(plan: Plan, means: pd.DataFrame) -> dict[tuple[str, str, i
     if means.empty:
         raise ValueError("no question has two answers with words in them: there is nothing to derive a vector from")
     found = {}
-    for (name, kind, draw), rows in means.groupby(["set", "kind", "draw"], observed=True, sort=False):
+    keys = means[["set", "kind", "draw"]].drop_duplicates()
+    for name, kind, draw in keys.itertuples(index=False, name=None):
+        rows = means[(means["set"] == name) & (means["kind"] == kind) & (means["draw"] == draw)]
         first = rows.iloc[0]
         origin = replace(
             plan.origin, method="contrastive", tokens=plan.tokens, n=int(first["n"]), data_digest=str(first["digest"])
@@ -251,69 +263,71 @@ def norms_table(own: Mapping[str, ControlVector], whole: ControlVector) -> pd.Da
 
 def conclude(plan: Plan, trials: Trials) -> Findings:
     """Vectors, tables, figures and words."""
-    texts, means = trials["texts"], trials["means"]
-    by_set = vectors_of_trials(plan, means)
+    texts = trials["texts"]
+    by_set = vectors_of_trials(plan, trials["means"])
     files = joined(plan, by_set)
     whole = files[VECTOR]
     own = {name: vector for (name, kind, _), vector in by_set.items() if kind == "pairs"}
-    tables = {"levels": all_levels(texts, plan.settings)}
-    tables["by_set"] = levels(texts, ("set", *CONDITION), "chain", plan.settings)
-    tables["difference"] = compare(texts, [(UNSTEERED["steps"], UNSTEERED["direct"])], CONDITION, "chain", plan.settings)
-    tables["norms"] = norms_table(own, whole)
-    shuffled = [vector for name, vector in files.items() if vector.origin.method == "shuffled"]
-    tables["shuffled"] = pd.DataFrame(
-        [{"draw": draw, "layer": layer, "cosine": cosine} for draw, vector in enumerate(shuffled)
-         for layer, cosine in vector.cosine(whole).items()],
-        columns=["draw", "layer", "cosine"],
-    )  # fmt: skip
-    tables["sets"] = pd.DataFrame(
-        [
-            {"set": name, "questions": number, "pairs": own[name].origin.n if name in own else 0}
-            for name, number in plan.sets.items()
-        ]
+    shuffled = [vector for vector in files.values() if vector.origin.method == "shuffled"]
+    asked = (UNSTEERED["steps"], UNSTEERED["direct"])
+    tables = {
+        "levels": all_levels(texts, plan.settings),
+        "by_set": levels(texts, ("set", *CONDITION), "chain", plan.settings),
+        "difference": compare(texts, [asked], CONDITION, "chain", plan.settings),
+        "norms": norms_table(own, whole),
+        "shuffled": pd.DataFrame(
+            [
+                {"draw": draw, "layer": layer, "cosine": cosine}
+                for draw, vector in enumerate(shuffled)
+                for layer, cosine in vector.cosine(whole).items()
+            ],
+            columns=["draw", "layer", "cosine"],
+        ),
+        "sets": pd.DataFrame(
+            [
+                {"set": name, "questions": number, "pairs": own[name].origin.n if name in own else 0}
+                for name, number in plan.sets.items()
+            ]
+        ),
+    }
+    caption = (
+        "Norm of the vector (all sets, and each set's own) at every layer, cosine of each set's own vector with that "
+        "of all sets (which it is part of), and cosines between layers."
     )
     return Findings(
         words(plan, tables, whole),
         tables,
         lambda: figures(tables["norms"], whole.cosines().numpy(), whole.layers),
-        {"vector": "Norm of the vector (all sets, and each set's own) at every layer, cosine of each set's own vector with "
-                   "that of all sets (which it is part of), and cosines between layers."},  # fmt: skip
+        {"vector": caption},
         files={**{name: vector_bytes(vector) for name, vector in files.items()}, ITEMS: plan.used},
     )
 
 
+_READ: dict[RunTokens, str] = {
+    "generated": "the tokens that were written",
+    "all": "prompt and written tokens",
+    "last-prompt": "the last token of the prompt",
+}
+
+
 def words(plan: Plan, tables: Mapping[str, pd.DataFrame], whole: ControlVector) -> list[Section]:
     """The summary, section by section."""
-    sets, level = tables["sets"], f"{100 * plan.settings.level:g} %"
+    sets = tables["sets"]
     taken = ", ".join(f"{row.set} {row.pairs}" for row in sets.itertuples())
     dropped = int((sets["questions"] - sets["pairs"]).sum())
     how = "greedy" if plan.temperature == 0 else f"drawn at temperature {plan.temperature:g}, seed {plan.seed}"
     lost = f" {dropped} questions are left out: one of their answers is empty." if dropped else ""
-    read = {"generated": "the tokens that were written", "all": "prompt and written tokens", "last-prompt": "the last "
-            "token of the prompt"}[plan.tokens]  # fmt: skip
-    rates = {side: mean_row(tables["levels"], "chain", UNSTEERED[side]) for side in ("steps", "direct")}
-    lengths = {side: mean_row(tables["levels"], "words", UNSTEERED[side]) for side in ("steps", "direct")}
-    gap = tables["difference"].iloc[0]
     shown = tables["norms"].query("set == 'all'")
-    middle = shown[shown["layer"].isin(sorted({1, *np.linspace(1, whole.layers[-1], 5).round().astype(int)}))]
+    middle = shown[shown["layer"].isin([1, *np.linspace(1, whole.layers[-1], 5).round().astype(int).tolist()])]
+    lengths = ", ".join(f"layer {row.layer}: {row.norm:.2f}" for row in middle.itertuples())
     found = [
         Section(
-            f"Vector of {whole.origin.n} questions ({taken}), answers {how}, at most {plan.max_new_tokens} tokens, mean "
-            f"over {read}, then over questions.{lost} Behind the questions stand “{plan.steps_text}” and "
-            f"“{plan.direct_text}”."
+            f"Vector of {whole.origin.n} questions ({taken}), answers {how}, at most {plan.max_new_tokens} tokens, "
+            f"mean over {_READ[plan.tokens]}, then over questions.{lost} Behind the questions stand "
+            f"“{plan.steps_text}” and “{plan.direct_text}”."
         ),
-        Section(
-            f"Chains (a valid step before the answer), per cent with {level} intervals: asked for steps "
-            f"{interval(rates['steps'])}, asked to answer at once {interval(rates['direct'])}, difference "
-            f"{interval(gap, 'difference')} points. Words: {interval(lengths['steps'], scale=1)} and "
-            f"{interval(lengths['direct'], scale=1)}. A vector can only hold what tells the two apart.",
-            "Do the two sentences make a difference",
-        ),
-        Section(
-            "Coefficient 1 adds the vector as it is, as long as it is at that layer: "
-            + ", ".join(f"layer {row.layer}: {row.norm:.2f}" for row in middle.itertuples()) + ".",
-            "Norm by layer",
-        ),
+        Section(_do_they_differ(plan, tables), "Do the two sentences make a difference"),
+        Section(f"Coefficient 1 adds the vector as long as it is at that layer: {lengths}.", "Norm by layer"),
     ]
     each = tables["norms"].query("set != 'all'").groupby("set", observed=True, sort=False)["cosine"].mean()
     if len(each) > 1:
@@ -322,15 +336,35 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], whole: ControlVector) 
             Section(f"Cosine with the vector of all sets, mean over layers (each is a part of it): {text}.", "Sets")
         )
     if len(tables["shuffled"]):
-        each = tables["shuffled"].groupby("draw")["cosine"].mean()
+        draws = tables["shuffled"].groupby("draw")["cosine"].mean()
+        text = ", ".join(number_text(value, "+.2f") for value in draws)
         found.append(
             Section(
-                "Cosine with the vector, mean over layers: " + ", ".join(f"{value:+.2f}" for value in each).replace("-", "−")
-                + ". What a toss of coins leaves of the vector is small if there are many questions.",
+                f"Cosine with the vector, mean over layers: {text}. The more questions, the less of the vector is left "
+                "after the toss of a coin for each.",
                 "Shuffled vectors",
             )
-        )  # fmt: skip
+        )
     return found
+
+
+def _do_they_differ(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> str:
+    """Chains and length of the answers that the vector was made of."""
+    rates = {side: mean_row(tables["levels"], "chain", UNSTEERED[side]) for side in ("steps", "direct")}
+    lengths = {side: mean_row(tables["levels"], "words", UNSTEERED[side]) for side in ("steps", "direct")}
+    gap = tables["difference"].iloc[0]
+    told = (
+        ""
+        if gap["lower"] > 0
+        else " More chains where steps are asked for are not shown by these answers: whatever the vector holds, chains "
+        "that can be checked are not known to be in it."
+    )
+    return (
+        f"Chains (a valid step before the answer), per cent with {100 * plan.settings.level:g} % intervals: asked for "
+        f"steps {interval(rates['steps'])}, asked to answer at once {interval(rates['direct'])}, difference "
+        f"{interval(gap, 'difference')} points.{told} Words: {interval(lengths['steps'], scale=1)} and "
+        f"{interval(lengths['direct'], scale=1)}."
+    )
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Figure of `codi cot derive`, drawn from its tables: how long the vector is, and how alike it is from place to place."""
+"""Figure of `codi cot derive`, drawn from its tables: how long the vector is, and how alike from place to place."""
 
 from __future__ import annotations
 
@@ -39,7 +39,14 @@ def figures(norms: pd.DataFrame, cosines: np.ndarray, layers: Sequence[int]) -> 
     legend(figure, (left,))
     labels = [str(layer) for layer in layers]
     draw_matrix(
-        right, cosines, labels, labels, "Cosine between layers", upwards=True, scale=Scale(-1, 1, CORRELATION), form=".1f"
+        right,
+        cosines,
+        labels,
+        labels,
+        "Cosine between layers",
+        upwards=True,
+        scale=Scale(-1, 1, CORRELATION),
+        form=".1f",
     )
     right.set(xlabel="layer", ylabel="layer")
     return {"vector": figure}

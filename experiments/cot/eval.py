@@ -31,8 +31,8 @@ from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import compare
 from experiments.study.parts import Part, Workbench
 from experiments.study.run import Findings, Study, Trials, language_identity
-from experiments.tasks.items import ItemSplits
 from experiments.tasks.item_sets import family_of
+from experiments.tasks.items import ItemSplits
 from lm.model import LanguageModel
 
 __all__ = ["STUDY", "Plan", "conditions_of", "main", "run"]
@@ -64,8 +64,8 @@ def make_plan(options: EvalOptions, model: LanguageModel, prompts: ItemSplits) -
     """The plan that the options ask for.
 
     Raises:
-        ValueError: a layer that the vector does not have, a coefficient that is not above 0, no test questions, a vector
-            of another model, or questions that were used before.
+        ValueError: a layer that the vector does not have, a coefficient that is not above 0, no test questions, a
+            vector of another model, or questions that were used before.
     """
     chosen = cells_of(options)
     vectors = Vectors.read(options.vectors, model)
@@ -126,11 +126,11 @@ def conditions_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 def parts(plan: Plan) -> list[Part]:
     """One trial table, a part for each prompt, way of steering and group of conditions that share their prompts."""
-    return [
-        Part(name, answers, {"conditions": tuple(tuple(one.items()) for one in given), "asking": plan.asking, "what": name},
-             plan.asking.seed, TRIALS, "answers")
-        for name, given in conditions_of(plan).items()
-    ]  # fmt: skip
+    found = []
+    for name, given in conditions_of(plan).items():
+        asked = {"conditions": tuple(tuple(one.items()) for one in given), "asking": plan.asking, "what": name}
+        found.append(Part(name, answers, asked, plan.asking.seed, TRIALS, "answers"))
+    return found
 
 
 def answers(
@@ -146,8 +146,12 @@ def answers(
 def contrasts_of(plan: Plan) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Every condition against its own prompt without steering, and the prompts against none."""
     plain = [(UNSTEERED[prompt], UNSTEERED["neutral"]) for prompt in ("direct", "steps")]
-    steered = {tuple((k, v) for k, v in one.items() if k != "draw") for given in conditions_of(plan).values() for one in given
-               if one["way"]}  # fmt: skip
+    steered = {
+        tuple((name, one[name]) for name in CONDITION)
+        for given in conditions_of(plan).values()
+        for one in given
+        if one["way"]
+    }
     ordered = [dict(one) for one in sorted(steered, key=str)]
     return [*plain, *((one, UNSTEERED[one["prompt"]]) for one in ordered)]
 
@@ -161,20 +165,15 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     for outcome in ("chain", "correct", "words", "repetition"):
         tables[f"effects_{outcome}"] = compare(found, contrasts, CONDITION, outcome, plan.settings)
     claims = claims_of(plan, found)
-    level = f"{100 * plan.settings.level:g} %"
-    return Findings(
-        words(plan, found, tables),
-        tables,
-        lambda: figures(plan.chosen, tables),
-        {
-            "rates": "Rate of chains and accuracy on test questions under every condition; "
-                     f"{level} intervals over clusters. Draws of random and shuffled vectors are averaged.",
-            "pareto": f"Accuracy, and rate of chains, against the length of the answer; {level} intervals over clusters.",
-            "sets": "Rate of chains and accuracy (per cent) by set.",
-        },
-        claims,
-        {"samples.md": samples_text(plan, found).encode(), ITEMS: plan.used},
-    )  # fmt: skip
+    over = f"{100 * plan.settings.level:g} % intervals over clusters"
+    captions = {
+        "rates": f"Rate of chains and accuracy on test questions under every condition; {over}. Draws of random and "
+        "shuffled vectors are averaged. Lines: no sentence (solid), step by step (dashed).",
+        "pareto": f"Accuracy, and rate of chains, against the length of the answer; {over}.",
+        "sets": "Rate of chains and accuracy (per cent) by set.",
+    }
+    files = {"samples.md": samples_text(plan, found).encode(), ITEMS: plan.used}
+    return Findings(words(plan, found, tables), tables, lambda: figures(plan.chosen, tables), captions, claims, files)
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------

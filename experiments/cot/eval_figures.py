@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.cot.asking import UNSTEERED
 from experiments.cot.eval_words import main_conditions
 from experiments.cot.measures import CONDITION
-from experiments.cot.tables import label, mean_row
+from experiments.cot.tables import label, mean_row, records
 from experiments.figures.heatmap import Scale, draw_matrix
 from experiments.figures.series import DASHES, draw_points, spread
 from experiments.figures.style import CONTROL, SERIES, legend, new_figure
@@ -28,7 +28,7 @@ def figures(chosen: Mapping[str, tuple[int, float]], tables: Mapping[str, pd.Dat
 def _ordered(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Every condition: the prompts, then each way of steering, the vector before its controls."""
     order = {"all": 0, "held-out": 1, "random": 2, "shuffled": 3, "": 0}
-    rows = table[table["outcome"] == "chain"][list(CONDITION)].to_dict("records")
+    rows = records(table[table["outcome"] == "chain"][list(CONDITION)])
     plain = list(UNSTEERED.values())
     steered = [row for row in rows if row["way"]]
     steered.sort(key=lambda row: (row["way"], row["prompt"] != "neutral", order[row["vector"]], -row["coefficient"]))

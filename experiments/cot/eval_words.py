@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.cot.asking import UNSTEERED, Asking, condition
 from experiments.cot.claims import Chosen
 from experiments.cot.measures import CONDITION
-from experiments.cot.tables import PROMPTS, chain_limits, label, mean_row
+from experiments.cot.tables import PROMPTS, chain_limits, label, mean_row, records
 from experiments.statistics.words import interval
 from experiments.study.limits import limits
 from experiments.study.result import Section
@@ -44,8 +44,9 @@ def words(plan: Reported, trials: pd.DataFrame, tables: Mapping[str, pd.DataFram
     cells = "; ".join(f"{way}: layer {layer}, coefficient {c:g}" for way, (layer, c) in plan.chosen.items())
     found = [
         Section(
-            f"{int(row['n'])} test questions in {int(row['n_clusters'])} clusters ({', '.join(plain['set'].unique())}), "
-            f"answered greedily in at most {plan.asking.max_new_tokens} tokens; {cells}. Per cent with {level} intervals. "
+            f"{int(row['n'])} test questions in {int(row['n_clusters'])} clusters "
+            f"({', '.join(plain['set'].unique())}), answered greedily in at most {plan.asking.max_new_tokens} tokens; "
+            f"{cells}. Per cent with {level} intervals. "
             f"{chain_limits(plain, number, plan.settings)} Accuracy: {limits(plain, number, plan.settings)}"
         ),
         Section(_levels(plan, table), "What was measured"),
@@ -117,12 +118,12 @@ def _controls(plan: Reported, table: pd.DataFrame) -> str:
     main = [tuple(one[name] for name in CONDITION) for one in main_conditions(plan.chosen)]
     rows = table[table["outcome"] == "chain"]
     texts = [
-        f"{label(row)}: {interval(row)}"
-        for row in rows.to_dict("records")
-        if tuple(row[name] for name in CONDITION) not in main
+        f"{label(row)}: {interval(row)}" for row in records(rows) if tuple(row[name] for name in CONDITION) not in main
     ]
     return (
-        f"Chains, per cent; {plan.draws} random and {plan.shuffles} shuffled vectors, averaged: " + "; ".join(texts) + "."
+        f"Chains, per cent; {plan.draws} random and {plan.shuffles} shuffled vectors, averaged: "
+        + "; ".join(texts)
+        + "."
     )
 
 
@@ -153,7 +154,7 @@ def _samples(plan: Reported, trials: pd.DataFrame) -> list[Section]:
     return [
         Section(
             f"Right answer: {row.answer}.\n\n"
-            + "\n".join(_sample(trials, row.prompt_id, main_conditions(plan.chosen))),
+            + "\n".join(_sample(trials, str(row.prompt_id), main_conditions(plan.chosen))),
             f"Texts ({row.set})",
         )
         for row in chosen.itertuples()

@@ -112,8 +112,8 @@ def chosen_cells(
     """The cell of each way of steering, by the rule.
 
     Of the cells in which at most `parse_loss` of the answers less can be read than without steering (of all cells, if
-    there is none), the one with the highest rate of chains (accuracy, if that is to decide); of several, the one that is
-    higher in the other; then the smaller coefficient, then the lower layer.
+    there is none), the one with the highest rate of chains (accuracy, if that is to decide); of several, the one that
+    is higher in the other; then the smaller coefficient, then the lower layer.
 
     Args:
         table: of `all_levels`.
@@ -162,17 +162,20 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
         "rule": _rule(plan),
         "chosen": {way: {"layer": layer, "coefficient": c} for way, (layer, c) in chosen.items()},
     }
-    level = f"{100 * plan.settings.level:g} %"
+    captions = {
+        "grid": "Rate of chains and accuracy (per cent) on validation questions, by layer and coefficient; framed: "
+        f"chosen. ○ differs from no steering (q < {plan.settings.alpha:g}), ● family-wise.",
+        "length": "Rate of chains and length against the coefficient, by layer; "
+        f"{100 * plan.settings.level:g} % intervals over clusters; lines: no steering (solid) and the step-by-step "
+        "sentence (dashed).",
+    }
     return Findings(
         words(plan, grid, tables, chosen),
         tables,
         lambda: figures(table, effects, chosen, plan.settings.alpha),
-        {"grid": "Rate of chains and accuracy (per cent) on validation questions, by layer and coefficient; framed: chosen. "
-                 f"○ differs from no steering (q < {plan.settings.alpha:g}), ● family-wise.",
-         "length": f"Rate of chains and length against the coefficient, by layer; {level} intervals over clusters; lines: "
-                   "no steering (solid) and the step-by-step sentence (dashed)."},
+        captions,
         files={CHOICE: (json.dumps(content, indent=2) + "\n").encode(), ITEMS: plan.used},
-    )  # fmt: skip
+    )
 
 
 def words(
@@ -211,9 +214,7 @@ def words(
     return found
 
 
-def _chosen_lines(
-    table: pd.DataFrame, plain: Mapping[str, Any], chosen: Mapping[str, tuple[int, float]]
-) -> str:
+def _chosen_lines(table: pd.DataFrame, plain: Mapping[str, Any], chosen: Mapping[str, tuple[int, float]]) -> str:
     """The chosen cells beside the unsteered answers, as a table."""
     lines = ["On these questions the chosen cells are the best of many, hence optimistic.", ""]
     lines += ["| | chains | accuracy | read | words |", "|---|---|---|---|---|"]

@@ -58,7 +58,8 @@ def _grid(
                 f"{title} (%), {way}; none: {plain:.0f}", significant=marks.to_numpy(), bar=False, scale=scale,
                 upwards=True,
             )  # fmt: skip
-            frame(axis, list(values.index).index(cell[0]), list(values.columns).index(cell[1]))
+            at = (np.flatnonzero(values.index == cell[0]), np.flatnonzero(values.columns == cell[1]))
+            frame(axis, int(at[0][0]), int(at[1][0]))
             axis.set(ylabel="layer" if column == 0 else "", xlabel="coefficient" if row else "")
         colour_bar(figure, scale, of=axes[row], aspect=14, ticks=4)
     return figure
@@ -73,9 +74,7 @@ def _length(table: pd.DataFrame) -> Any:
             own = table[(table["outcome"] == outcome) & (table["way"] == way)]
             steps = list(np.unique(own["coefficient"]))
             baseline(axis, scale * mean_row(table, outcome, UNSTEERED["neutral"])["mean"])
-            axis.axhline(
-                scale * mean_row(table, outcome, UNSTEERED["steps"])["mean"], color=CONTROL, lw=0.9, ls=DASHES
-            )
+            axis.axhline(scale * mean_row(table, outcome, UNSTEERED["steps"])["mean"], color=CONTROL, lw=0.9, ls=DASHES)
             for place, layer in enumerate(np.unique(own["layer"])):
                 rows = own[own["layer"] == layer].sort_values("coefficient")
                 draw_series(axis, range(len(steps)), rows, f"layer {layer}", place, scale=scale)

@@ -6,8 +6,8 @@ the question, and is checked, not taken from the wording:
     numbers, letters   an equation of written figures whose two sides are equal (tasks/chains.py); one that ends in the
                        answer itself does not stand before it
     True or False      a statement of the question, or what follows from the statements and steps before it
-    other words        a fact of the story, or the conclusion of its argument; the conclusion alone is the answer written
-                       out, not a step towards it. A fact counts once.
+    other words        a fact of the story, or the conclusion of its argument; the conclusion alone is the answer
+                       written out, not a step towards it. A fact counts once.
 
 Steps of multiple-choice questions without equations cannot be checked; `sentences`, which are counted for every text,
 say how much stands before the answer. Words, n-grams of 4 words and bytes are those of tasks/chains.py.

@@ -1,4 +1,4 @@
-"""Options of the chain-of-thought commands, each a class over the groups of experiments/study. Free of torch and pandas.
+"""Options of the chain-of-thought commands, each a class over the groups of experiments/study. Free of torch.
 
 Layers are numbered from 1: layer l is the output of block l. The published layers count blocks from 0; published 13 is
 14 here.
@@ -101,7 +101,7 @@ class SetOptions(Options):
         from experiments.tasks.item_sources import Sizes
 
         sizes = Sizes(self.derivation, self.validation, self.test)
-        return load_sets(*self.parts.values(), sizes, seed, tokenizer)
+        return load_sets(**self.parts, sizes=sizes, seed=seed, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class EvalOptions(RunOptions, SteeringOptions, SetOptions, LanguageOptions):
 
 
 @dataclass(frozen=True)
-class ShowOptions(LanguageOptions):
+class ShowOptions(RunOptions, LanguageOptions):
     """Look at a vector: norms, cosines between layers and sets, and the tokens that it stands for (logit lens)."""
 
     COMMAND: ClassVar[str] = "cot show"
@@ -252,7 +252,6 @@ class ShowOptions(LanguageOptions):
     texts: Path = Path("runs/cot-eval")
     """Folder of `codi cot eval` whose texts are shown side by side; none are shown where there is none."""
     out: Path = Path("runs/cot-show")
-    """Folder that is written."""
     top: int = 8
     """Tokens per layer and direction."""
     samples: int = 3

@@ -68,7 +68,8 @@ def _joined(found: dict[str, Result], options: CotRunOptions, model: str) -> Res
     sections: list[Section] = []
     for name, result in found.items():
         first, *others = result.sections
-        sections += [dataclasses.replace(first, heading={"derive": "Vector", "grid": "Grid", "eval": "Test"}[name]), *others]
+        heading = {"derive": "The vector", "grid": "Where and how much", "eval": "What it does"}[name]
+        sections += [dataclasses.replace(first, heading=heading), *others]
     return Result(
         study=options.COMMAND,
         title="Chain-of-thought vector",

@@ -10,6 +10,7 @@ No trials: files are read anew in seconds.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ import torch
 
 from experiments.cot.measures import CONDITION
 from experiments.cot.options import ShowOptions
-from experiments.cot.tables import label
+from experiments.cot.tables import label, records
 from experiments.cot.vectors import Vectors, folder_hash
 from experiments.figures.heatmap import Scale, draw_matrix
 from experiments.figures.series import baseline
-from experiments.figures.style import BASELINE, CORRELATION, CONTROLS, legend, look, new_figure
+from experiments.figures.style import BASELINE, CONTROLS, CORRELATION, legend, look, new_figure
 from experiments.study.folder import open_run
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, to_stderr, write_result
@@ -86,16 +87,14 @@ def run(
         "weights_hash": model.weights_hash,
         "top": options.top,
         "samples": options.samples,
-        "texts": "" if texts is None else pd.util.hash_pandas_object(texts["text"]).sum().item(),
+        "texts": "" if texts is None else hashlib.sha256(texts.to_json().encode()).hexdigest(),
     }
     with open_run(options.out, identity, model=options.model, say=say) as folder:
         findings = _findings(options, model, vectors, texts)
         return write_result(folder, findings, options, "Chain-of-thought vector, looked at", model.name)
 
 
-def _findings(
-    options: ShowOptions, model: LanguageModel, vectors: Vectors, texts: pd.DataFrame | None
-) -> Findings:
+def _findings(options: ShowOptions, model: LanguageModel, vectors: Vectors, texts: pd.DataFrame | None) -> Findings:
     whole = vectors.whole
     read = readings(model, whole, options.top)
     rows = []
@@ -108,13 +107,11 @@ def _findings(
     if texts is not None:
         tables["texts"] = texts
         sections += _text_sections(texts, options.samples)
-    return Findings(
-        sections,
-        tables,
-        lambda: {"vector": _figure(tables["vectors"], whole)},
-        {"vector": "Norm by layer; cosine of the vectors without one family of sets, and of the shuffled ones, with the "
-                   "whole; cosines between its layers."},
-    )  # fmt: skip
+    caption = (
+        "Norm by layer; cosine of the vectors without one family of sets, and of the shuffled ones, with the whole; "
+        "cosines between its layers."
+    )
+    return Findings(sections, tables, lambda: {"vector": _figure(tables["vectors"], whole)}, {"vector": caption})
 
 
 def _named(vectors: Vectors) -> dict[str, ControlVector]:
@@ -126,8 +123,8 @@ def _named(vectors: Vectors) -> dict[str, ControlVector]:
 def _about(vector: ControlVector) -> str:
     origin = vector.origin
     return (
-        f"{origin.method} vector of {origin.model_name}, from {origin.n} questions, tokens read: {origin.tokens}; layers "
-        f"{vector.layers[0]}..{vector.layers[-1]}, width {vector.d_model}; made by {origin.made_by}."
+        f"{origin.method} vector of {origin.model_name}, from {origin.n} questions, tokens read: {origin.tokens}; "
+        f"layers {vector.layers[0]}..{vector.layers[-1]}, width {vector.d_model}; made by {origin.made_by}."
     )
 
 
@@ -163,7 +160,7 @@ def _texts(folder: Path) -> pd.DataFrame | None:
     order = {"neutral": 0, "direct": 1, "steps": 2}
     own = own.assign(place=own["prompt"].map(order).astype(int), way=own["way"].astype(str))
     own = own.sort_values(["prompt_id", "way", "place", "coefficient"], ascending=[True, True, True, False])
-    own = own.assign(condition=[label(row) for row in own[list(CONDITION)].to_dict("records")])
+    own = own.assign(condition=[label(row) for row in records(own[list(CONDITION)])])
     return own[["prompt_id", "answer", "condition", "text"]].reset_index(drop=True)
 
 

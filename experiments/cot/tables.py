@@ -15,7 +15,7 @@ from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import levels, row_of
 from experiments.statistics.power import Design, against_baseline
 
-__all__ = ["PROMPTS", "all_levels", "chain_limits", "label", "mean_row"]
+__all__ = ["PROMPTS", "all_levels", "chain_limits", "label", "mean_row", "records"]
 
 PROMPTS = {"neutral": "no sentence", "direct": "at once", "steps": "step by step"}
 """Prompts in words."""
@@ -63,6 +63,11 @@ def chain_limits(unsteered: pd.DataFrame, comparisons: int, settings: Settings) 
         f"one of {comparisons} comparisons could have told from none (all that changes goes one way, "
         f"p < {settings.alpha:g} after correction): {', '.join(found)}."
     )
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table as dictionaries."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def label(row: Mapping[str, Any], where: bool = True) -> str:

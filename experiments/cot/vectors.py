@@ -54,7 +54,7 @@ class Vectors:
             path.name.removesuffix(suffix).removeprefix(Path(prefix).name): load_vector(path, model)
             for path in sorted(folder.glob(WITHOUT.format(family="*")))
         }
-        shuffled = []
+        shuffled: list[ControlVector] = []
         while (folder / SHUFFLED.format(draw=len(shuffled))).is_file():
             shuffled.append(load_vector(folder / SHUFFLED.format(draw=len(shuffled)), model))
         return cls(whole, without, tuple(shuffled))
