@@ -64,7 +64,7 @@ class _Table:
         for key, index in trials.groupby([*_BY], observed=True).indices.items():
             assert len(index) == len(place), f"{key}: {len(index)} answers to {len(place)} questions"
             order = np.argsort(row[index])
-            self._values[key] = {
+            self._values[tuple(key)] = {  # type: ignore[arg-type]
                 name: trials[name].to_numpy(float)[index][order] for name in ("chain", "correct")
             }  # fmt: skip
 
