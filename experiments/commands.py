@@ -81,7 +81,12 @@ COMMANDS: dict[str, Command] = {
     "lens": Command(
         "experiments.lens.options:OPTIONS",
         "experiments.lens.run:main",
-        "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
+        "logit lens and tuned lens on latents: train, show, detect, difference, transfer, causal",
+    ),
+    "ask": Command(
+        "experiments.lens.options:AskOptions",
+        "experiments.lens.ask:main",
+        "one question: the answer, and what a lens reads at each latent",
     ),
     "alternation": Command(
         "experiments.alternation.options:AlternationOptions",
@@ -128,10 +133,30 @@ COMMANDS: dict[str, Command] = {
         "experiments.cot.commands:main",
         "chain-of-thought vectors of a language model: derive, grid, eval, show; run does all",
     ),
+    "control": Command(
+        "experiments.control.options:OPTIONS",
+        "experiments.control.run:main",
+        "control vectors of ordinary language models: derive, sweep, show, transfer",
+    ),
+    "circuit": Command(
+        "experiments.circuit.options:CircuitOptions",
+        "experiments.circuit.run:main",
+        "which heads make each word of a written chain of thought (language models)",
+    ),
+    "show": Command(
+        "experiments.show.options:ShowOptions",
+        "experiments.show.run:main",
+        "look at a run: its summary, or question, unsteered and steered answer of a cell of a sweep",
+    ),
     "findings": Command(
         "experiments.page.options:FindingsOptions",
         "experiments.page.findings:main",
         "run every study on one model and collect what they found on one page",
+    ),
+    "findings-language": Command(
+        "experiments.page.options:LanguageFindingsOptions",
+        "experiments.page.findings:main_language",
+        "the same for the studies of ordinary language models",
     ),
 }
 

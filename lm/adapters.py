@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
+from lm.weights import UNREADABLE
 
 __all__ = ["add_adapter", "merge_adapter"]
 
@@ -46,7 +47,7 @@ def merge_adapter(base: Any, folder: Path) -> None:
 
     try:
         merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except UNREADABLE as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} could not be loaded as an adapter of {base.config.name_or_path}: {why}") from error
     assert merged is base, "merging gave another model"

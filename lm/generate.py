@@ -242,6 +242,34 @@ class SharedPast:
         self.cache.hide_own(hidden)
 
 
+class _Chooser:
+    """`Rules` at work."""
+
+    def __init__(self, rules: Rules, device: torch.device) -> None:
+        self._rules = rules
+        self._end = torch.tensor(rules.end_ids, dtype=torch.long, device=device)
+        self._excluded = torch.tensor(rules.excluded, dtype=torch.long, device=device)
+        given = None if rules.temperature == 0 else rules.uniforms
+        self._uniforms = None if given is None else given.to(device)
+
+    def choose(self, logits: Tensor, rows: Tensor, places: Tensor | int) -> Tensor:
+        """(row,) next tokens of some rows, by logits (row, vocab), at places of their texts."""
+        logits = exclude(logits, self._excluded)
+        if self._uniforms is None:
+            return most_probable(logits)
+        return _drawn(logits, self._rules.temperature, self._uniforms[rows, places])
+
+    def going_on(self, tokens: Tensor, count: Tensor) -> Tensor:
+        """(row,) whether rows are not finished, by the tokens (row, limit) that they have and how many these are."""
+        latest = tokens.gather(1, count[:, None] - 1)[:, 0]
+        goes_on = ~_among(latest, self._end) & (count < self._rules.max_new_tokens)
+        if self._rules.stops is not None:
+            lists = zip(tokens[:, : int(count.max())].tolist(), count.tolist(), strict=True)
+            ended = [self._rules.stops.ended(row[:length]) for row, length in lists]
+            goes_on &= ~torch.tensor(ended, dtype=torch.bool, device=goes_on.device)
+        return goes_on
+
+
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -277,20 +305,12 @@ def write_tokens(
         that was chosen here, or None.
     """
     device, size, limit = states.device, len(states), rules.max_new_tokens
-    end = torch.tensor(rules.end_ids, dtype=torch.long, device=device)
-    excluded = torch.tensor(rules.excluded, dtype=torch.long, device=device)
-    uniforms = None if rules.temperature == 0 or rules.uniforms is None else rules.uniforms.to(device)
+    chooser = _Chooser(rules, device)
     checked = torch.empty(size, 0, dtype=torch.long, device=device) if drafts is None else drafts
     tokens = torch.full((size, limit), -1, dtype=torch.long, device=device)
     start = 0 if begun is None else begun.shape[1]
     if begun is not None:
         tokens[:, :start] = begun
-
-    def choose(logits: Tensor, rows: Tensor, places: Tensor | int) -> Tensor:
-        logits = exclude(logits, excluded)
-        if uniforms is None:
-            return most_probable(logits)
-        return _drawn(logits, rules.temperature, uniforms[rows, places])
 
     first_logits = None
     going = torch.arange(size, device=device)  # rows whose draft has been right so far
@@ -298,24 +318,15 @@ def write_tokens(
         logits = model.logits(states[going, step])
         if step == 0 and keep_first_logits:
             first_logits = logits
-        chosen = choose(logits, going, start + step)
+        chosen = chooser.choose(logits, going, start + step)
         tokens[going, start + step] = chosen
         if step < checked.shape[1]:
             going = going[chosen == checked[going, step]]
             if len(going) == 0:
                 break
 
-    def going_on(rows: Tensor) -> Tensor:
-        """Which of the rows are not finished, by their latest tokens."""
-        latest = tokens[rows, count[rows] - 1]
-        goes_on = ~_among(latest, end) & (count[rows] < limit)
-        if rules.stops is not None:
-            ended = [rules.stops.ended(tokens[row, : count[row]].tolist()) for row in rows.tolist()]
-            goes_on &= ~torch.tensor(ended, dtype=torch.bool, device=device)
-        return goes_on
-
     count = tokens.ge(0).sum(1)
-    alive = going_on(torch.arange(size, device=device)).nonzero()[:, 0]
+    alive = chooser.going_on(tokens, count).nonzero()[:, 0]
     if len(alive) and checked.shape[1]:
         # Tokens of a draft that were fed but not chosen are no part of the past.
         assert isinstance(past, SharedPast), "drafts need a past that can forget"
@@ -331,10 +342,10 @@ def write_tokens(
         positions = (position[rows] + at - 1)[:, None]
         states = past.feed(model.embed(tokens[rows, at - 1][:, None]), positions)[:, 0]
         read = rows[alive]
-        chosen = choose(model.logits(states[alive]), read, count[read])
+        chosen = chooser.choose(model.logits(states[alive]), read, count[read])
         tokens[read, count[read]] = chosen
         count[read] += 1
-        alive = alive[going_on(read)]
+        alive = alive[chooser.going_on(tokens[read], count[read])]
     return tokens, first_logits
 
 

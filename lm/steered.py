@@ -272,7 +272,7 @@ class _Grid:
         device, prompt = self.model.device, plain.stem.batch.input_ids.shape[1]
         chosen = [self.cells[i] for i in cell.tolist()]
         vectors = self.vectors[[one.vector for one in chosen], layer].to(device)
-        coefficients = torch.tensor([one.coefficient for one in chosen], device=device)
+        coefficients = torch.tensor([one.coefficient for one in chosen], dtype=torch.float64, device=device)
         edit = ResidualEdit(layer, vectors, coefficients, self.positions, self.normalise)
         row = row.to(device)
         width = stem.batch.input_ids.shape[1]

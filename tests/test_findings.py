@@ -18,7 +18,7 @@ from experiments.page import findings
 from experiments.page.findings import arguments, options_of
 from experiments.page.html import as_html
 from experiments.page.markdown import claims_table, demoted, found, section, shown, write_page
-from experiments.page.options import MARKER, FindingsOptions
+from experiments.page.options import MARKER, FindingsOptions, LanguageFindingsOptions
 from experiments.page.studies import STUDIES, Entry
 from experiments.study.claims import Claim, ClaimsTable
 from experiments.study.folder import RunFolder
@@ -50,7 +50,7 @@ def test_every_study_is_a_command_with_defaults_of_its_own() -> None:
 
     for study in STUDIES:
         assert study.command[0] in COMMANDS
-        assert study.reads is None or study.reads[1] in [one.name for one in STUDIES]
+        assert all(name in [one.name for one in STUDIES] for _, name in study.reads)
     assert arguments(FindingsOptions(), ENTRY) == ["--out", "runs/findings/necessity"]
     lens = next(study for study in STUDIES if study.name == "lens-show")
     asked = FindingsOptions(out=Path("a"), seed=3, rope="published", batch_size=5, page=Path("p.md"), only=("lens",))
@@ -175,17 +175,22 @@ def test_claims_of_all_studies_in_one_table(tmp_path: Path) -> None:
     claims = ClaimsTable([
         Claim("C9", "it rains", "drops", "held", 0.5, 0.4, 0.6, 10, 5),
         Claim("C8", "it snows", "flakes", "not testable", note="too warm"),
+        Claim("C7", "it freezes", "ice", "undecided", 0.5, 0.4, 0.6, 10, 5),
+        Claim("C6", "it is dry", "drops", "held", 0.0, 0.0, 0.3, 10, 5, mark="floor"),
     ])  # fmt: skip
     entries = [Entry("patch", ("patch",), "…"), Entry("early-exit", ("early-exit",), "Answering after each latent.")]
     result(tmp_path / "patch", claims=claims)
     table = claims_table(found(tmp_path, entries))
     assert table[2] == "| `patch` | C9 | it rains | 0.500 [0.400, 0.600], n = 10 in 5 clusters | **held** |"
     assert table[3] == "| `patch` | C8 | it snows | – | **not testable** |"
+    assert table[4].endswith("| **undecided at this power** |") and table[5].endswith("| **held (rests on a floor)** |")
     assert section(found(tmp_path, entries)[1], {}) == []  # not run: not on the page
     put(tmp_path, "refused.json", json.dumps({"early-exit": "no numbers here"}))
     page = tmp_path / "page.md"
     write_page(page, found(tmp_path, entries), "tiny")
-    assert "Not run on this model: no numbers here" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "Not run on this model: no numbers here" in text
+    assert "4 claims: 2 held, 0 not held, 1 undecided, 1 not testable." in text and "too small to say" in text
 
 
 def test_the_page_says_which_command_has_to_be_run_again(tmp_path: Path) -> None:
@@ -227,3 +232,15 @@ def test_html_of_what_a_page_holds(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert piece in made, piece
     assert "gone" not in made and "<script" not in made and "http" not in made.replace("https://x.org", "")
+
+
+def test_a_study_on_several_models_has_a_folder_and_a_name_for_each():
+    entry = Entry("b", ("lens", "show"), "?", reads=(("--lens", "a"),))
+    on = entry.on("checkpoints/smollm2")
+    assert (on.name, on.reads, on.words) == ("smollm2-b", (("--lens", "smollm2-a"),), "lens show")
+    assert on.called("codi ") == "`codi lens show`, smollm2" and entry.called() == "`lens show`"
+
+
+def test_models_of_a_page_have_different_names():
+    with pytest.raises(ValueError, match="different last names, got a/x, b/x"):
+        LanguageFindingsOptions(models=("a/x", "b/x"))

@@ -26,6 +26,7 @@ __all__ = [
     "VectorOptions",
     "parse_alphas",
     "parse_layers",
+    "parse_methods",
 ]
 
 Negatives = Literal["swapped", "letters", "failures", "given"]
@@ -85,12 +86,13 @@ def parse_alphas(words: Sequence[str]) -> tuple[float, ...]:
     return tuple(sorted(found))
 
 
-def parse_layers(words: Sequence[str], n_layers: int | None) -> tuple[int, ...]:
+def parse_layers(words: Sequence[str], n_layers: int | None = None, middle: int = 1) -> tuple[int, ...]:
     """Layers in ascending order, each once: numbers from 1, ranges such as 5-10, "middle" or "all".
 
     Args:
         words: as given.
         n_layers: of the model; None: not known yet, only the form is checked.
+        middle: what "middle" stands for.
 
     Raises:
         ValueError: no layer of this model.
@@ -100,7 +102,7 @@ def parse_layers(words: Sequence[str], n_layers: int | None) -> tuple[int, ...]:
     for word in _listed(words):
         first, dash, last = word.partition("-")
         if word == "middle":
-            found |= {(n_layers + 1) // 2} if n_layers else set()
+            found.add(middle)
         elif word == "all":
             found |= set(range(1, (n_layers or 0) + 1))
         elif first.isdecimal() and (last.isdecimal() or not dash):
@@ -110,7 +112,7 @@ def parse_layers(words: Sequence[str], n_layers: int | None) -> tuple[int, ...]:
             found |= set(range(low, high + 1))
         else:
             raise ValueError(f"layers must be {allowed}, ranges such as 5-10, middle or all, got {word!r}")
-    if not found and n_layers is not None or not _listed(words):
+    if not _listed(words):
         raise ValueError(f"layers must name at least one of {allowed}, got none")
     return tuple(sorted(found))
 
@@ -173,7 +175,7 @@ class SteeringOptions(StatisticsOptions, AnswerOptions, DrawOptions, VectorOptio
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_alphas(self.alphas)
-        parse_layers(self.layers, None)
+        parse_layers(self.layers)
 
 
 # --- Commands ---------------------------------------------------------------------------------------------------------
@@ -187,8 +189,8 @@ class DeriveOptions(RunOptions, VectorOptions, LanguageOptions):
 
     out: Path = Path("runs/control-derive")
     methods: Annotated[_Words, tyro.conf.arg(metavar="|".join((*VECTOR_METHODS, "all")))] = ("all",)
-    gguf: bool = True  # type: ignore[assignment]
-    """Also write every vector as a .gguf file."""
+    llama_cpp: bool = True
+    """Also write every vector as a .gguf file, which llama.cpp reads."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ class TransferOptions(SteeringOptions, RunOptions, LanguageOptions):
     alphas: Annotated[_Words, tyro.conf.arg(metavar="LOW:HIGH:STEP|A …")] = ("-1", "-0.5", "0.5", "1")
     """Multiples of the vector; which one is reported is chosen on the validation items of its own task."""
     shuffled: int = 0
-    limit: int = 40
+    limit: int = 30
     validation: int = 20
 
     def __post_init__(self) -> None:

@@ -1,10 +1,16 @@
-"""The studies that `codi findings` runs and shows: how each is called, and what of it is on the page. Data alone."""
+"""The studies that pages of findings run and show: how each is called, and what of it is on the page. Data alone."""
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["STUDIES", "Entry"]
+from experiments.commands import COMMANDS
+from experiments.study.option_class import Options
+
+__all__ = ["LANGUAGE_STUDIES", "STUDIES", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -16,22 +22,42 @@ class Entry:
         command: the words after `codi`; options may follow.
         question: one line for the page.
         figures: names of the figures that are shown, in this order.
-        reads: option that names a folder which another study wrote, and that study.
+        reads: options that name a folder which another study wrote, each with that study.
+        model: of a page about several models, the one that it is run on.
     """
 
     name: str
     command: tuple[str, ...]
     question: str
     figures: tuple[str, ...] = ()
-    reads: tuple[str, str] | None = None
+    reads: tuple[tuple[str, str], ...] = ()
+    model: str = ""
+
+    def on(self, model: str) -> Entry:
+        """The same study on one of several models, its folder and pictures named after both."""
+        label = Path(model).name
+        reads = tuple((option, f"{label}-{study}") for option, study in self.reads)
+        return dataclasses.replace(self, name=f"{label}-{self.name}", reads=reads, model=model)
+
+    def called(self, before: str = "") -> str:
+        """Its command, with a word before it, and the model where the page is about several."""
+        return f"`{before}{self.words}`" + (f", {Path(self.model).name}" if self.model else "")
 
     @property
     def words(self) -> str:
         """The command without options."""
         return " ".join(self.command[: next((i for i, w in enumerate(self.command) if w.startswith("-")), None)])
 
+    @property
+    def options(self) -> type[Options]:
+        """The class of its options."""
+        given = COMMANDS[self.command[0]].load_options()
+        nested = [typing.get_args(one)[0] for one in typing.get_args(given)]  # of a command with subcommands
+        members: list[type[Options]] = nested or [given]
+        return next(member for member in members if member.COMMAND == self.words)
 
-LENS = ("--lens", "lens")
+
+LENS = (("--lens", "lens"),)
 STUDIES: tuple[Entry, ...] = (
     Entry("lens", ("lens", "train"), "Tuned lenses for every latent × layer: held-out KL.", ("held_out",)),
     Entry("lens-show", ("lens", "show"), "What the lenses read in one prompt.", ("heatmap",), LENS),
@@ -53,3 +79,6 @@ STUDIES: tuple[Entry, ...] = (
     Entry("early-exit", ("early-exit",), "Answering after each latent.", ("early-exit",)),
     Entry("pca", ("pca",), "Components, and where each edit's effect goes.", ("components", "where")),
 )
+
+LANGUAGE_STUDIES: tuple[Entry, ...] = ()
+"""Studies of ordinary language models."""

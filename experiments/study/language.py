@@ -1,4 +1,4 @@
-"""Options of studies on ordinary language models: which model, how a request becomes its text, and which items are asked.
+"""Options of studies on ordinary language models: which model, how a request becomes its text, which items are asked.
 
 The counterpart of `ModelOptions` (options.py) for models that have no latents. Imports neither torch nor pandas until
 `load` is called.

@@ -152,9 +152,7 @@ def _generator(task: str, seed: int, tokenizer: Tokenizer | None) -> Group | Non
         return stories
     if task.startswith("indirect-objects-") and task in ITEM_TASKS:
         sentences: Any = task.removeprefix("indirect-objects-")
-        return lambda n, part: [
-            _of_sentence(one, task) for one in _sentences(n, sentences, part, seed, tokenizer)
-        ]
+        return lambda n, part: [_of_sentence(one, task) for one in _sentences(n, sentences, part, seed, tokenizer)]
     if task.startswith("ontology-") and task in ITEM_TASKS:
         return lambda n, part: _ontologies(n, task, f"{part}-{seed}")
     if task == "arithmetic":
