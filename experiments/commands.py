@@ -128,6 +128,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),
+    "cot": Command(
+        "experiments.cot.options:OPTIONS",
+        "experiments.cot.commands:main",
+        "chain-of-thought vectors of a language model: derive, grid, eval, show; run does all",
+    ),
     "control": Command(
         "experiments.control.options:OPTIONS",
         "experiments.control.run:main",
