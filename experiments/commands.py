@@ -93,6 +93,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.lens.run:main",
         "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
     ),
+    "ask": Command(
+        "experiments.lens.options:AskOptions",
+        "experiments.lens.ask:main",
+        "one question: the answer, and what a lens reads at each latent",
+    ),
     "alternation": Command(
         "experiments.alternation.options:AlternationOptions",
         "experiments.alternation.run:main",
@@ -132,6 +137,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.options:EarlyExitOptions",
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
+    ),
+    "show": Command(
+        "experiments.show.options:ShowOptions",
+        "experiments.show.run:main",
+        "look at a run: its summary, or question, unsteered and steered answer of a cell of a sweep",
     ),
     "findings": Command(
         "experiments.page.options:FindingsOptions",

@@ -54,8 +54,8 @@ ProtocolName = Literal["original", "original-eos", "answer-only"]
 AnswerMode = Literal["latent", "direct", "verbal"]
 """What comes before the answer: latents, nothing, or a written chain of thought."""
 ANSWER_MODES: tuple[AnswerMode, ...] = get_args(AnswerMode)
-AnswerRule = Literal["grammar", "published"]
-"""How an answer is read: by the number grammar of the data sets, or the last number (the published evaluation)."""
+AnswerRule = Literal["common", "published"]
+"""How an answer is read: by common sense, as numbers in data sets are, or the last number (published evaluation)."""
 
 # --- What is edited, where and when ---
 

@@ -147,7 +147,7 @@ def test_command_prints_and_writes_the_same_table(
     prompts.write_text("\n".join(json.dumps({"question": text, "answer": i}) for i, text in enumerate(TEXTS)))
     out, rows = tmp_path / "new" / "table.json", tmp_path / "new" / "answers.csv"
     options = ["--task", str(prompts), "--latents", "0", "6", "--modes", "latent", "direct", "--max-new-tokens", "4"]
-    code, printed, err = run(capsys, tiny_checkpoint(), *options, "--out", str(out), "--answers", str(rows))
+    code, printed, err = run(capsys, tiny_checkpoint(), *options, "--out", str(out), "--write-answers", str(rows))
     assert code == 0, err
     lines = [line for line in printed.splitlines() if line.startswith("| latent |") or line.startswith("| direct |")]
     assert len(lines) == 3
@@ -212,7 +212,7 @@ def test_configuration_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="at least one of"):
         EvalOptions(modes=())
     with pytest.raises(ValueError, match=r"answers must end in \.csv"):
-        EvalOptions(answers=Path("a.json"))
+        EvalOptions(write_answers=Path("a.json"))
 
 
 def test_a_folder_is_a_run_like_any_other(
@@ -221,7 +221,7 @@ def test_a_folder_is_a_run_like_any_other(
     """The same numbers as without one; result.json; goes on; other options are refused with the difference."""
     folder, rows, table = tmp_path / "run-1.5", tmp_path / "rows.csv", tmp_path / "table.csv"
     options = ["--limit", "6", "--latents", "0", "2", "--max-new-tokens", "3", "--seed", "3"]
-    code, printed, err = run(capsys, tiny_checkpoint(), *options, "--out", str(folder), "--answers", str(rows))
+    code, printed, err = run(capsys, tiny_checkpoint(), *options, "--out", str(folder), "--write-answers", str(rows))
     assert code == 0, err
     result = Result.read(folder)
     assert printed == result.markdown() + "\n" and result.study == "eval"
@@ -229,8 +229,8 @@ def test_a_folder_is_a_run_like_any_other(
     assert {path.stem for path in (folder / "trials").iterdir()} == {
         "part-answers-latent", "part-answers-direct", "part-answers-verbal",
     }  # fmt: skip
-    files = tiny_checkpoint()
-    code, alone, err = run(capsys, files, *options, "--out", str(table), "--answers", str(tmp_path / "others.csv"))
+    files, others = tiny_checkpoint(), tmp_path / "others.csv"
+    code, alone, err = run(capsys, files, *options, "--out", str(table), "--write-answers", str(others))
     assert code == 0, err
     assert table.read_bytes() == (folder / "accuracy.csv").read_bytes()
     assert rows.read_bytes() == (tmp_path / "others.csv").read_bytes()

@@ -267,7 +267,7 @@ def test_scales() -> None:
 def test_numbers_can_be_read_on_every_colour(colours: str) -> None:
     scale = Scale(-2.0, 3.0, colours)
     for value in np.linspace(-3, 4, 57):
-        red, green, blue, _ = matplotlib.colormaps[colours](np.clip((value + 2) / 5, 0, 1))
+        red, green, blue, _ = style.colour_map(colours)(np.clip((value + 2) / 5, 0, 1))
         assert scale.ink(value) == ("white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black")
     assert scale.ink(np.nan) == "black"
 

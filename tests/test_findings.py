@@ -175,17 +175,22 @@ def test_claims_of_all_studies_in_one_table(tmp_path: Path) -> None:
     claims = ClaimsTable([
         Claim("C9", "it rains", "drops", "held", 0.5, 0.4, 0.6, 10, 5),
         Claim("C8", "it snows", "flakes", "not testable", note="too warm"),
+        Claim("C7", "it freezes", "ice", "undecided", 0.5, 0.4, 0.6, 10, 5),
+        Claim("C6", "it is dry", "drops", "held", 0.0, 0.0, 0.3, 10, 5, mark="floor"),
     ])  # fmt: skip
     entries = [Entry("patch", ("patch",), "…"), Entry("early-exit", ("early-exit",), "Answering after each latent.")]
     result(tmp_path / "patch", claims=claims)
     table = claims_table(found(tmp_path, entries))
     assert table[2] == "| `patch` | C9 | it rains | 0.500 [0.400, 0.600], n = 10 in 5 clusters | **held** |"
     assert table[3] == "| `patch` | C8 | it snows | – | **not testable** |"
+    assert table[4].endswith("| **undecided at this power** |") and table[5].endswith("| **held (rests on a floor)** |")
     assert section(found(tmp_path, entries)[1], {}) == []  # not run: not on the page
     put(tmp_path, "refused.json", json.dumps({"early-exit": "no numbers here"}))
     page = tmp_path / "page.md"
     write_page(page, found(tmp_path, entries), "tiny")
-    assert "Not run on this model: no numbers here" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "Not run on this model: no numbers here" in text
+    assert "4 claims: 2 held, 0 not held, 1 undecided, 1 not testable." in text and "too small to say" in text
 
 
 def test_the_page_says_which_command_has_to_be_run_again(tmp_path: Path) -> None:

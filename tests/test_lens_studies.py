@@ -262,6 +262,22 @@ def test_an_interrupted_ablation_goes_on_with_the_same_draws(
     assert not np.allclose(kinds["both"].xs("random", level="kind"), kinds["alone"].xs("random", level="kind"))
 
 
+def test_what_never_happens_has_bounds_where_the_scale_has() -> None:
+    """No first token changes: a share is at most 1, so its interval is exact; nats have no end."""
+    kinds = ("lens", "random", "covariance", "component")
+    trials = pd.DataFrame([
+        {"kind": kind, "prompt_id": f"p{i}", "cluster": f"c{i}", "output": 0.1 * i, "answer": 0.0, "flipped": False,
+         "moved": 1.0} for kind in kinds for i in range(20)
+    ])  # fmt: skip
+    table = causal.summary_of(trials, Settings(resamples=200)).set_index(["measure", "kind"])
+    most = 1 - 0.025 ** (1 / 20)
+    assert table.loc[("flipped", "random"), "upper"] == pytest.approx(most)
+    gap = table.loc[("flipped", "random"), ["lens_minus_lower", "lens_minus_upper"]]
+    assert -1 < gap.iloc[0] < 0 < gap.iloc[1] < 1
+    assert table.loc[("answer", "random"), "upper"] == np.inf
+    assert table.loc[("flipped", "lens"), ["lens_minus_lower", "lens_minus_upper"]].isna().all()
+
+
 def test_a_lens_that_does_not_read_a_latent_is_refused(codi_model: CodiModel, folder: Path, tmp_path: Path) -> None:
     options = CausalOptions(out=tmp_path / "run", lens=folder, read=("each",))
     with pytest.raises(ValueError, match="lens 'each' does not read latent 1: choose --latents or train it"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted import planted_model, planted_split
@@ -12,10 +13,13 @@ from sklearn.decomposition import PCA
 
 from codi import load_codi
 from experiments.latents.options import PcaOptions
+from experiments.latents.pca.claims import _better_together
 from experiments.latents.pca.components import principal_components
 from experiments.latents.pca.parity import parity_interval, parity_share
 from experiments.latents.pca.run import STUDY, run
 from experiments.statistics.clusters import Settings, expanded_percentile
+from experiments.study.claims import Claim
+from experiments.study.edits.words import singles
 from experiments.study.manifest import fingerprint
 from experiments.study.result import Result
 from experiments.study.run import study_identity
@@ -77,11 +81,34 @@ def test_study_on_a_planted_model(tmp_path: Path) -> None:
     cells = result.tables["cells"]
     # the best cell gains nothing, which 12 clusters cannot tell from a gain of two points
     assert verdicts["S4 (baseline)"] == verdicts["S5 (any)"] == "undecided"
+    # nor could any cell have a verdict with 4 draws that thirty directions share; all together, p is never below 1 / 5
+    few = "o single cell can be judged: 4 draws, shared by 30 directions, allow no family-wise p below 0.88, 570 are"
+    assert f"**N{few} needed for 0.05.**" in result.text
+    notes = {claim.name: claim.note for claim in result.claims or ()}
+    assert notes["S5 (any)"].startswith(f"n{few} needed for 0.05: ") and "above the baseline alone" in notes["S5 (any)"]
+    assert verdicts["S5 (together)"] == "undecided" and "smallest p that 4 draws" in notes["S5 (together)"]
+    assert set(result.tables["evidence"]["draws"]) == {4} and len(result.tables["evidence"]) == 6  # 3 spaces, 2 tails
     assert Result.read(result.path).markdown() == result.text
     assert not (cells["verdict"] == "improvement").any()  # it cannot be better than always right or hopeless
     assert sorted(p.name for p in (result.path / "figures").glob("*.png")) == [
         "components.png", "variance-steering.png", "where.png",
     ]  # fmt: skip
+
+
+def test_all_cells_together_decide_what_no_single_one_can() -> None:
+    """Held by a small p of the aggregate, whatever single cells may; never not held: not found is not absent."""
+    row = {"space": "kv", "tail": "gain", "cells": 360, "draws": 20, "shared": 30, "least_p": 0.6, "needed_draws": 570}
+    row |= {"last": 60, "last_expected": 12.0, "last_families_lower": 0, "last_families_upper": 40, "last_p": 1 / 21}
+    rates = pd.DataFrame({"prompt_id": ["a", "a", "b"], "cluster": ["x", "x", "y"]})
+
+    def claim(**other: object) -> Claim:
+        return _better_together(pd.DataFrame([row | other]), rates, Settings())
+
+    assert (claim().verdict, claim().n, claim().n_clusters) == ("held", 2, 2)
+    assert claim().estimate == pytest.approx(48 / 360)
+    assert claim(last_p=0.3).verdict == claim(last=0, last_p=1.0).verdict == "undecided"
+    assert singles(row, 0.05) and "570" in singles(row, 0.05)
+    assert singles(row | {"draws": 570, "least_p": 0.05}, 0.05) == ""
 
 
 def test_refuses_impossible_options() -> None:

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from simulated_sweep import simulate_trials
 
 from experiments.figures.heatmap import Scale
-from experiments.figures.style import DIVERGING, STYLE
+from experiments.figures.style import DIVERGING, STYLE, colour_map
 from experiments.statistics.clusters import Settings
 from experiments.sweep import draw as plots
 from experiments.sweep.analysis import analyse
@@ -166,8 +166,8 @@ def test_colours_are_centred_on_the_baseline(view: View, drawn: dict[str, Figure
             for axes in figure.axes:
                 for image in axes.images:
                     low, high = image.get_clim()
-                    assert low == -high == -view.limit
-    diverging = matplotlib.colormaps[DIVERGING]
+                    assert low == -high == -view.limit()
+    diverging = colour_map(DIVERGING)
     middle, better, worse = (diverging(value)[:3] for value in (0.5, 0.9, 0.1))
     assert min(middle) > 0.93  # equal to the baseline: white
     assert better[2] > better[0] + 0.2 and worse[0] > worse[2] + 0.2  # blue against red, never red against green
@@ -221,7 +221,7 @@ def test_a_grid_in_which_nothing_happens() -> None:
         (some,) = views(analyse(trials, FAST))
         for name, figure in plots.figures(some):
             assert not clashes(figure), name
-    assert some.limit == 0.1
+    assert some.limit() == 0.1
 
 
 def test_cells_that_were_not_run_stay_empty() -> None:

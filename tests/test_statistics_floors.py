@@ -26,6 +26,7 @@ def test_too_few_clusters_with_room_is_said_and_counts_clusters_not_prompts() ->
     few = visibility(correct, CLUSTERS)
     assert (few.gain_clusters, few.gain, few.harm) == (4, False, True)  # 0.5 ** 4 = 0.0625
     assert "Only 4 clusters hold an answer that is wrong" in few.words and "no improvement" in few.words
+    assert "Only 1 cluster holds an answer" in visibility(np.r_[np.zeros(1, bool), np.ones(19, bool)], CLUSTERS).words
     assert visibility(np.r_[np.zeros(5, bool), np.ones(15, bool)], CLUSTERS).gain  # 0.5 ** 5 = 0.031
     assert not visibility(np.r_[np.zeros(5, bool), np.ones(15, bool)], CLUSTERS, tests=10).gain
     shared = np.r_[np.zeros(5, int), np.arange(1, 16)]  # the five wrong prompts are one cluster

@@ -31,6 +31,14 @@ def test_a_planted_code_is_read_and_noise_is_not() -> None:
     assert table["n"].tolist() == [120, 120] and table["n_clusters"].tolist() == [30, 30]
 
 
+def test_a_probe_that_is_always_right_has_an_interval_all_the_same() -> None:
+    labels, clusters, coded, _ = planted(noise=0.0)
+    design = Design.of([Target.of("step1", labels.tolist())], clusters, folds=5, shuffles=4)
+    table = probe_table([("h", 1, 0)], [probe(coded, design)], design, resamples=500)
+    lower, upper = table.loc[0, ["lower", "upper"]]
+    assert (table["accuracy"][0], upper) == (1.0, 1.0) and lower == pytest.approx(0.025 ** (1 / 30))  # Clopper-Pearson
+
+
 def test_numbers_on_a_line_hide_no_class_and_the_rule_is_that_of_discriminant_analysis() -> None:
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import Ridge

@@ -212,8 +212,19 @@ def test_decimal_commas_are_hinted_at_and_an_option() -> None:
         assert extract_answer(f"also 1, then {text}.", decimal_comma=True) == float(point)
     assert read_number("1.234.567", decimal_comma=True) == 1234567
     assert is_correct("3,5", 3.5, decimal_comma=True) and not is_correct("3,5", 3.5)
-    with pytest.raises(ValueError, match="2 numbers"):
-        read_number("3.5", decimal_comma=True)
+    for field in ("3.5", "0.125", "1234.567", ".5", "$3.5"):
+        with pytest.raises(ValueError, match="has a decimal point where commas are decimal"):
+            read_number(field, decimal_comma=True)
+
+
+def test_a_model_may_write_points_where_the_file_has_commas() -> None:
+    """A point that cannot separate thousands is decimal: never the digits behind it alone."""
+    for text, value in (
+        ("3.5", 3.5), ("so 12.50 $", 12.5), ("0.125", 0.125), ("1234.567", 1234.567), (".5", 0.5), ("1.2345", 1.2345),
+        ("1.234", 1234), ("1.234.567,25", 1234567.25), ("12.", 12), ("-3.5e2", -350), ("Rs.5", 5), ("3.5/2", 1.75),
+    ):  # fmt: skip
+        assert extract_answer(text, decimal_comma=True) == value, text
+    assert extract_answer("1,234.5") == 1234.5
 
 
 def test_numbers_too_large_are_neither_crashes_nor_wrong() -> None:
@@ -254,8 +265,8 @@ def test_the_published_rule_is_named() -> None:
         ("1e3", 3, 1000),
     ):
         assert extract_answer(text, "published") == published
-        assert extract_answer(text, "grammar") == extract_answer(text) == grammar
-    with pytest.raises(ValueError, match="rule must be one of grammar, published, got 'last'"):
+        assert extract_answer(text, "common") == extract_answer(text) == grammar
+    with pytest.raises(ValueError, match="rule must be one of common, published, got 'last'"):
         extract_answer("1", "last")  # type: ignore[arg-type]
 
 

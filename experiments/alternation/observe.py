@@ -105,14 +105,13 @@ class Latents:
 def derivation_latents(bench: Workbench, asked: Asked, batch_size: int) -> Latents:
     """Latents of the derivation prompts."""
     parts: dict[str, list[Tensor]] = {"states": [], "embeddings": [], "keys": [], "values": []}
-    for rows in _batches(_derivation(bench, asked), batch_size):
-        for run, members in rollouts(bench.model, rows, bench.model.n_latents, ("embeddings", "keys", "values")):
+    for rows in _watched(bench, _derivation(bench, asked), batch_size, f"{asked.task}: means"):
+        for run, _ in rollouts(bench.model, rows, bench.model.n_latents, ("embeddings", "keys", "values")):
             assert run.embeddings is not None and run.values is not None
             parts["states"].append(run.states.cpu())
             parts["embeddings"].append(run.embeddings.double().cpu())
             parts["keys"].append(content_keys(run, bench.model).float().cpu())
             parts["values"].append(run.values.float().cpu())
-            bench.advance(len(members))
     joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
     keys, values = joined["keys"], joined["values"]
     return Latents(
@@ -127,10 +126,9 @@ def derivation_latents(bench: Workbench, asked: Asked, batch_size: int) -> Laten
 def evaluation_states(bench: Workbench, asked: Asked, batch_size: int) -> Tensor:
     """(prompt, latent 0..n, d_model) h_0..h_n of the evaluation prompts, in the model's dtype, on the CPU."""
     found = []
-    for rows in _batches(_evaluation(bench, asked), batch_size):
-        for run, members in rollouts(bench.model, rows, bench.model.n_latents, ()):
+    for rows in _watched(bench, _evaluation(bench, asked), batch_size, f"{asked.task}: states"):
+        for run, _ in rollouts(bench.model, rows, bench.model.n_latents, ()):
             found.append(run.states.cpu())
-            bench.advance(len(members))
     return torch.cat(found)
 
 
@@ -145,6 +143,14 @@ def _derivation(bench: Workbench, asked: Asked) -> Sequence[Problem]:
 def _batches(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
     for start in range(0, len(problems), size):
         yield problems[start : start + size]
+
+
+def _watched(bench: Workbench, problems: Sequence[Problem], size: int, what: str) -> Iterator[Sequence[Problem]]:
+    """Batches, with a progress bar over the prompts."""
+    with bench.bar(len(problems), "prompt", what) as advance:
+        for batch in _batches(problems, size):
+            yield batch
+            advance(len(batch))
 
 
 def _states(latents: Latents) -> np.ndarray:
@@ -333,7 +339,7 @@ def answers(
     latents = bench.once(derivation_latents, asked, batch_size)
     means = latents.means.to(model.device)
     frames = []
-    for problems in _batches(_evaluation(bench, asked), batch_size):
+    for problems in _watched(bench, _evaluation(bench, asked), batch_size, f"{asked.task}: answers"):
         run = model.rollout(model.encode([problem.question for problem in problems]), n, keep=("cache",))
         cut = [run.truncate(k) for k in range(n + 1)]
         thoughts = [("after", k, cut[k]) for k in range(n + 1)]
@@ -345,7 +351,6 @@ def answers(
         for kind, latent, thought in thoughts:
             texts = decode_answers(model, thought, max_new_tokens).texts
             frames.append(answer_table(problems, range(len(problems)), texts, kind=kind, latent=latent))
-        bench.advance(len(problems))
     return pd.concat(frames, ignore_index=True).assign(task=asked.task)
 
 
@@ -369,7 +374,7 @@ def attention(bench: Workbench, *, seed: int, asked: Asked, batch_size: int) -> 
     """Attention of latents 1..n and of the end of thought to numbers, to the rest of the prompt and to each latent."""
     model, n = bench.model, bench.model.n_latents
     frames = []
-    for problems in _batches(_evaluation(bench, asked), batch_size):
+    for problems in _watched(bench, _evaluation(bench, asked), batch_size, f"{asked.task}: attention"):
         batch = model.encode([problem.question for problem in problems])
         mass = _attention(model, batch, model.rollout(batch, n, keep=("attentions", "cache")))
         frames.append(
@@ -381,7 +386,6 @@ def attention(bench: Workbench, *, seed: int, asked: Asked, batch_size: int) -> 
                 "latents": list(mass[:, :, 2:].reshape(-1, n)),
             })
         )  # fmt: skip
-        bench.advance(len(problems))
     return pd.concat(frames, ignore_index=True).assign(task=asked.task)
 
 

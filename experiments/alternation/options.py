@@ -71,7 +71,10 @@ class AlternationOptions(IntervalOptions, AnswerOptions, RunOptions, PromptOptio
             return joined_split({self.task: super().load_split(seed, question_suffix, known_steps)})
         suffix = question_suffix if self.suffix else ""
         low, high, reach = self.bounds["min_steps"], self.bounds["max_steps"], self.bounds["reach"]
-        ask = partial(two_splits, limit=self.limit, derivation=self.derivation, seed=seed, suffix=suffix)
+        ask = partial(
+            two_splits, limit=self.limit, derivation=self.derivation, seed=seed, suffix=suffix,
+            derivation_task=self.derivation_task, reading=self.reading,
+        )  # fmt: skip
         arithmetic = ask("arithmetic", known_steps=known_steps, min_steps=low, max_steps=high, reach=reach)
         return joined_split({"templates": ask("templates", known_steps=known_steps), "arithmetic": arithmetic})
 

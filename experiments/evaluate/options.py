@@ -19,7 +19,7 @@ class EvalOptions(IntervalOptions, AnswerOptions, RunOptions, SplitOptions, Mode
     """Accuracy by number of latents and by mode of answering, with intervals."""
 
     COMMAND: ClassVar[str] = "eval"
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"answers"})
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"write_answers"})
 
     task: str = "arithmetic"
     limit: int | None = None
@@ -33,7 +33,7 @@ class EvalOptions(IntervalOptions, AnswerOptions, RunOptions, SplitOptions, Mode
     """Numbers of latents for mode latent, 0 or more; None: 0 to the number the model was trained with."""
     temperature: float = 0.0
     """0: greedy answers; above 0: sampled at this temperature. Every condition uses the same random numbers."""
-    answers: Path | None = None
+    write_answers: Path | None = None
     """Write every answer to this .csv file as well."""
 
     def __post_init__(self) -> None:
@@ -46,8 +46,8 @@ class EvalOptions(IntervalOptions, AnswerOptions, RunOptions, SplitOptions, Mode
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if self.is_file and self.out is not None and self.out.suffix not in (".json", ".csv"):
             raise ValueError(f"out must end in .json or .csv, or be a folder, got {self.out}")
-        if self.answers is not None and self.answers.suffix != ".csv":
-            raise ValueError(f"answers must end in .csv, got {self.answers}")
+        if self.write_answers is not None and self.write_answers.suffix != ".csv":
+            raise ValueError(f"write-answers must end in .csv, got {self.write_answers}")
 
     @property
     def is_file(self) -> bool:
@@ -61,7 +61,7 @@ class EvalOptions(IntervalOptions, AnswerOptions, RunOptions, SplitOptions, Mode
 
     def check_inputs(self) -> None:
         super().check_inputs()
-        for path in (self.out if self.is_file else None, self.answers):  # before the work, not after it
+        for path in (self.out if self.is_file else None, self.write_answers):  # before the work, not after it
             if path is not None:
                 _check_writable(path)
 

@@ -153,12 +153,12 @@ def main(options: EvalOptions) -> None:
     if options.folder is not None:
         result = run_study(STUDY, options, say=to_stderr)
         print(result.markdown())
-        if options.answers is not None:
+        if options.write_answers is not None:
             names = [f"answers-{mode}" for mode in dict.fromkeys(options.modes)]
             trials = RunFolder(result.path).read_parts(names)
             if (trials["answer"] % 1 == 0).all():  # a file of whole numbers, as they were asked
                 trials["answer"] = trials["answer"].astype("int64")
-            _write_answers(options.answers, trials)
+            _write_answers(options.write_answers, trials)
         return
     model = options.load(STUDY.attention)
     prompts = STUDY.prompts(options, model)
@@ -172,8 +172,8 @@ def main(options: EvalOptions) -> None:
         table = found.tables["accuracy"]
         csv_wanted = options.out.suffix == ".csv"
         write_whole(options.out, (table.to_csv(index=False) if csv_wanted else _report(options, model, table)).encode())
-    if options.answers is not None:
-        _write_answers(options.answers, trials)
+    if options.write_answers is not None:
+        _write_answers(options.write_answers, trials)
 
 
 def _write_answers(path: Path, trials: pd.DataFrame) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from experiments.figures.style import DIVERGING, EMPTY, SEQUENTIAL, SMALL, number_text, styled
+from experiments.figures.style import DIVERGING, EMPTY, SEQUENTIAL, SMALL, colour_map, number_text, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,9 +44,7 @@ MARKS = "○: differs after correction (q < 0.05)."
 @lru_cache(maxsize=16)
 def _dark(colours: str) -> np.ndarray:
     """Which colours of a colour map are so dark that only white can be read on them."""
-    import matplotlib
-
-    scale = matplotlib.colormaps[colours]
+    scale = colour_map(colours)
     red, green, blue, _ = scale(np.arange(scale.N)).T
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
 
@@ -58,7 +56,7 @@ class Scale:
     Attributes:
         low: value of the first colour.
         high: value of the last colour, above `low`.
-        colours: name of a colour map of matplotlib.
+        colours: name of a colour map, see `style.colour_map`.
     """
 
     low: float = 0.0
@@ -197,8 +195,8 @@ def matrix(
     down = -1.0 if upwards else 1.0
     axes.set_facecolor(EMPTY)
     axes.imshow(
-        np.ma.masked_invalid(np.asarray(values, float)), cmap=scale.colours, vmin=scale.low, vmax=scale.high,
-        aspect=aspect, interpolation="nearest", origin="lower" if upwards else "upper",
+        np.ma.masked_invalid(np.asarray(values, float)), cmap=colour_map(scale.colours), aspect=aspect,
+        vmin=scale.low, vmax=scale.high, interpolation="nearest", origin="lower" if upwards else "upper",
     )  # fmt: skip
     for i, line in enumerate(texts or ()):
         for j, text in enumerate(line):
@@ -260,7 +258,7 @@ def colour_bar(
     where: dict[str, Any] = {"cax": place, "extendfrac": 0.04}
     if place is None:
         where = {"ax": list(np.ravel(of)), "fraction": 0.03, "pad": 0.01, "aspect": aspect}
-    mappable = ScalarMappable(Normalize(scale.low, scale.high), scale.colours)
+    mappable = ScalarMappable(Normalize(scale.low, scale.high), colour_map(scale.colours))
     bar = figure.colorbar(mappable, extend=scale.beyond(values), **where)
     bar.outline.set_linewidth(0.4)  # type: ignore[operator]
     bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 5, 10]))

@@ -6,12 +6,13 @@ coloured: the baseline is black, controls are grey, single random draws a light 
 they are better or higher and red where they are worse or lower, white in between; magnitudes go from dark to bright.
 
 Sizes: a figure is as wide as a page (`WIDTH`), text is 7 points, and none is smaller than `SMALL`. The legend stands
-above the panels, the caption (what the figure shows, how many prompts, which intervals) below them.
+above the panels, the caption (what the figure shows, how many prompts, which intervals) below them. `drawn_as` changes
+width and caption of every figure that is made inside: panels grow or shrink with the width, letters do not.
 
 Files: `encode` leaves out dates and versions, so that the same tables give the same bytes, in any process.
 
-What it does not know: tables, studies, run folders. matplotlib is imported by the functions that draw, so that a
-module may take names from here without waiting for it.
+What it does not know: tables, studies, run folders. matplotlib and seaborn are imported by the functions that draw, so
+that a module may take names from here without waiting for them.
 """
 
 from __future__ import annotations
@@ -21,23 +22,29 @@ import io
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 __all__ = [
-    "BAND", "BASELINE", "CONTROL", "CONTROLS", "CORRELATION", "DIVERGING", "DPI", "EMPTY", "FAINT", "FORMATS", "GUIDE",
-    "HIGHLIGHT", "INK", "MARKERS", "PALETTE", "Page", "SEQUENTIAL", "SERIES", "SMALL", "STYLE", "WIDTH",
-    "caption_lines", "check_formats", "encode", "in_style", "legend", "look", "new_figure", "note", "number_text",
-    "ordered", "sample_text", "save", "styled",
+    "BAND", "BASELINE", "CONTROL", "CONTROLS", "CORRELATION", "DIVERGING", "DPI", "EMPTY", "FAINT", "FORMATS", "Form",
+    "GUIDE", "HIGHLIGHT", "INK", "LOWER_IS_BETTER", "MARKERS", "PALETTE", "Page", "SEQUENTIAL", "SERIES", "SMALL",
+    "STYLE", "WIDTH", "WIDTHS", "caption_lines", "check_formats", "colour_map", "drawn_as", "encode", "in_style",
+    "legend", "look", "new_figure",
+    "note", "number_text", "ordered", "sample_text", "save", "styled",
 ]  # fmt: skip
 
 WIDTH = 7.2
-"""Inches: a figure over a whole page."""
+"""Inches: a figure over a whole page. Places inside a figure are said in these inches, whatever its width is."""
+WIDTHS = (6.0, 20.0)
+"""Inches: the narrowest and the widest figure; in a narrower one numbers in cells would overlap."""
 DPI = 200
 """Dots per inch of PNG files."""
 FORMATS = ("png", "pdf")
@@ -71,8 +78,12 @@ PALETTE = (*SERIES, CONTROL)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """One per colour of `PALETTE`."""
 
-DIVERGING = "RdBu"
-"""Differences: red lower, white equal, blue higher (ColorBrewer)."""
+DIVERGING = "lower-red"
+"""Differences: red lower, grey-white equal, blue higher; made by seaborn."""
+LOWER_IS_BETTER = "lower-blue"
+"""The same turned round: blue lower, red higher."""
+_RED, _BLUE = 12, 250  # hues in degrees
+_ENDS = {DIVERGING: (_RED, _BLUE), LOWER_IS_BETTER: (_BLUE, _RED)}
 SEQUENTIAL = "cividis"
 """Magnitudes: dark none, bright much."""
 CORRELATION = "PuOr_r"
@@ -101,18 +112,67 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Form:
+    """What figures are made like.
+
+    Attributes:
+        width: inches.
+        caption: whether they have one.
+    """
+
+    width: float = WIDTH
+    caption: bool = True
+
+
+_FORM: ContextVar[Form] = ContextVar("form of figures", default=Form())  # noqa: B039  # frozen
+
+
+@contextmanager
+def drawn_as(form: Form) -> Iterator[None]:
+    """Figures that are made inside have this form.
+
+    Raises:
+        ValueError: a width outside `WIDTHS`.
+    """
+    if not WIDTHS[0] <= form.width <= WIDTHS[1]:
+        raise ValueError(f"width must be in {WIDTHS[0]:g}..{WIDTHS[1]:g} inches, got {form.width:g}")
+    before = _FORM.set(form)
+    try:
+        yield
+    finally:
+        _FORM.reset(before)
+
+
 def look(place: int, control: bool = False) -> dict[str, Any]:
     """Colour and marker of the series at this place; those of controls are grey."""
     colours = CONTROLS if control else PALETTE
     return {"color": colours[place % len(colours)], "marker": MARKERS[place % len(MARKERS)]}
 
 
+@functools.lru_cache(maxsize=16)
+def colour_map(name: str) -> Colormap:
+    """A colour map by its name.
+
+    Those of differences are made by seaborn: from a neutral middle both sides get darker and more coloured at one pace,
+    so that equal sizes look alike; all others are matplotlib's.
+    """
+    import matplotlib
+
+    if name not in _ENDS:
+        return matplotlib.colormaps[name]
+    import seaborn
+
+    made = seaborn.diverging_palette(*_ENDS[name], s=95, l=36, as_cmap=True)
+    made.name = name
+    return made
+
+
 def ordered(number: int) -> list[Any]:
     """Colours of so many things that have an order, such as latents or layers: dark first, none too bright to see."""
-    import matplotlib
     import numpy as np
 
-    return list(matplotlib.colormaps[_ORDERED](np.linspace(0.05, 0.88, number)))
+    return list(colour_map(_ORDERED)(np.linspace(0.05, 0.88, number)))
 
 
 def number_text(value: float, form: str = ".2f") -> str:
@@ -182,7 +242,7 @@ def new_figure(
     """
     from matplotlib.figure import Figure
 
-    size = (WIDTH, height * rows if total is None else total)
+    size = (_FORM.get().width, height * rows if total is None else total)
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -209,7 +269,7 @@ def legend(figure: Figure, panels: Any, columns: int | None = None, **options: A
     if not handles:
         return
     if columns is None:
-        room = WIDTH - 0.2
+        room = _FORM.get().width - 0.2
         widths = [0.45 + 0.05 * len(name) for name in names]  # inches, about
         rows = 1 if sum(widths) < room else -(-len(names) // max(1, int(room / max(widths))))
         columns = -(-len(names) // rows)
@@ -234,8 +294,11 @@ def note(figure: Figure, text: str) -> None:
     """The caption below the panels, in lines of page width; a legend below them moves above, out of its way."""
     for one in figure.legends:
         one.set_loc("outside upper center")
+    form = _FORM.get()
+    if not form.caption:
+        return
     figure.supxlabel(
-        "\n".join(caption_lines(text, 158)),
+        "\n".join(caption_lines(text, int(158 * form.width / WIDTH))),
         x=0.1 / WIDTH,
         ha="left",
         fontsize=SMALL,
@@ -260,10 +323,11 @@ class Page:
     def __init__(self, body: float, title: str, caption: str) -> None:
         from matplotlib.figure import Figure
 
-        lines = caption_lines(caption, 152)
+        form = _FORM.get()
+        lines = caption_lines(caption, int(152 * form.width / WIDTH)) if form.caption else []
         self.top, self.bottom = 0.36, 0.12 + 0.118 * len(lines)
         self.height = self.top + body + self.bottom
-        self.figure = Figure(figsize=(WIDTH, self.height))
+        self.figure = Figure(figsize=(form.width, self.height))
         self.figure.text(0.1 / WIDTH, 1 - 0.1 / self.height, title, fontsize=8.5, weight="bold", va="top")
         self.figure.text(
             0.1 / WIDTH, 0.07 / self.height, "\n".join(lines), fontsize=SMALL, color=INK, va="bottom", linespacing=1.3

@@ -350,7 +350,7 @@ def _receivers(table: pd.DataFrame, n: int) -> str:
 STUDY = Study(
     options=AnchorsOptions,
     title="Thought anchors on latents",
-    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=3),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=1),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

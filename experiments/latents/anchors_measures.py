@@ -160,7 +160,9 @@ def _donors(
         tried += [one for one, _ in rows]
         donor += [row for _, row in rows]
     if not prompt:
-        raise ValueError("no evaluation prompt shares (step 1, Z) with a derivation prompt: use more prompts")
+        raise ValueError(
+            "no evaluation prompt has the intermediate values of a derivation prompt: use more derivation prompts"
+        )
     return prompt, tried, donor
 
 

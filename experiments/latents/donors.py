@@ -1,8 +1,9 @@
 """Latents of other prompts, and how they are put into a rollout: as vectors, or as cache slots turned to their new
 position; and Gaussian noise with the spread of donors.
 
-A donor's *key* is what the answer depends on: step 1 and Z. Donors of the same key differ in wording only; those of
-another key differ in both numbers. Knows nothing about which donor a study picks, or what becomes of the answers.
+A donor's *key* is what the answer depends on: step 1 and Z in problems (X±Y)·Z + (X±Y), every intermediate value in
+others. Donors of the same key differ in wording only; those of another key differ in every value of it. Knows nothing
+about which donor a study picks, or what becomes of the answers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from codi.rope import rotate, unrotate
+from experiments.latents.patch.template import has_form
 from experiments.study.thoughts import Thoughts, think
-from experiments.tasks import Problem
+from experiments.tasks import STEPS_HELP, Problem
 from experiments.tasks.split import Split
 from steering.directions import generator
 from steering.replacements import ReplaceRows
@@ -25,16 +27,18 @@ from steering.replacements import ReplaceRows
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["Given", "Key", "Noise", "by_key", "check_known", "key_of", "latents_of", "other_keys",
-           "put_in"]  # fmt: skip
+__all__ = ["Given", "Key", "Noise", "another_wording", "by_key", "check_known", "key_of", "latents_of",
+           "other_keys", "put_in"]  # fmt: skip
 
-Key = tuple[float, int]
-"""Step 1 and Z."""
+Key = tuple[float, ...]
+"""Step 1 and Z; of problems of another form all intermediate values."""
 
 
 def key_of(problem: Problem) -> Key:
     """What the answer depends on."""
-    return problem.intermediates[0], problem.numbers[2]
+    if has_form(problem):
+        return problem.intermediates[0], problem.numbers[2]
+    return problem.intermediates
 
 
 def by_key(problems: Sequence[Problem]) -> dict[Key, list[int]]:
@@ -46,20 +50,27 @@ def by_key(problems: Sequence[Problem]) -> dict[Key, list[int]]:
 
 
 def other_keys(keys: Sequence[Key], problem: Problem) -> list[Key]:
-    """The keys that differ from the problem's in both numbers."""
+    """The keys that differ from the problem's in every value."""
     own = key_of(problem)
-    return [key for key in keys if key[0] != own[0] and key[1] != own[1]]
+    return [key for key in keys if key[-1] != own[-1] and all(a != b for a, b in zip(key, own, strict=False))]
+
+
+def another_wording(problem: Problem, other: Problem) -> bool:
+    """Whether they are worded differently: by their templates, or their questions where these are not known."""
+    if problem.template or other.template:
+        return problem.template != other.template
+    return problem.question != other.question
 
 
 def check_known(study: str, prompts: Split) -> None:
     """Refuse prompts without a key.
 
     Raises:
-        ValueError: a prompt with fewer than three numbers or unknown steps.
+        ValueError: a prompt with unknown steps.
     """
-    lacking = [p for p in (*prompts.evaluation, *prompts.derivation) if len(p.numbers) < 3 or not p.intermediates]
+    lacking = [p for p in (*prompts.evaluation, *prompts.derivation) if not p.intermediates]
     if lacking:
-        raise ValueError(f"{study} needs prompts with three numbers and known steps, {lacking[0].prompt_id!r} has not")
+        raise ValueError(f"{study} needs prompts with known steps, {lacking[0].prompt_id!r} has none: {STEPS_HELP}")
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,9 @@ def states_of(
     bench: Workbench, space: ProbedSpace, layers: tuple[int, ...], batch_size: int
 ) -> dict[tuple[str, int, int], np.ndarray]:
     """States of one space at all latents and layers."""
-    return collect(bench.model, bench.prompts.evaluation, (space,), layers, batch_size, bench.advance)
+    problems = bench.prompts.evaluation
+    with bench.bar(len(problems), "prompt", f"states ({space})") as advance:
+        return collect(bench.model, problems, (space,), layers, batch_size, advance)
 
 
 def design(bench: Workbench, *, seed: int, folds: int, shuffles: int, draws: int) -> pd.DataFrame:
@@ -156,14 +158,15 @@ def scores(
     drawn = bench.once(the_design, folds, shuffles, draws, seed)
     ids = [problem.prompt_id for problem in bench.prompts.evaluation]
     frames = []
-    for (_, k, layer), x in bench.once(states_of, space, layers, batch_size).items():
-        if k != latent:
-            continue
-        found = probe(x, drawn)
-        given = {"space": space, "latent": latent, "layer": layer, "prompt_id": ids}
-        for name, correct in found.correct.items():
-            beside = {"shuffled": found.shuffled[name], "control": found.control[name], "r2": found.r2[name]}
-            frames.append(pd.DataFrame({**given, "target": name, "correct": correct, **beside}))
+    read = {layer: x for (_, k, layer), x in bench.once(states_of, space, layers, batch_size).items() if k == latent}
+    with bench.bar(len(read), "layer", f"probes ({space}, latent {latent})") as advance:
+        for layer, x in read.items():
+            found = probe(x, drawn)
+            given = {"space": space, "latent": latent, "layer": layer, "prompt_id": ids}
+            for name, correct in found.correct.items():
+                beside = {"shuffled": found.shuffled[name], "control": found.control[name], "r2": found.r2[name]}
+                frames.append(pd.DataFrame({**given, "target": name, "correct": correct, **beside}))
+            advance(1)
     return pd.concat(frames, ignore_index=True)
 
 

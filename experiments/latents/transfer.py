@@ -34,7 +34,17 @@ from codi import Intervention
 from experiments.figures.series import draw_points, spread
 from experiments.figures.style import GUIDE, SERIES, legend, new_figure
 from experiments.latents.claims import STAR, sizes_table
-from experiments.latents.donors import Given, Noise, by_key, check_known, key_of, latents_of, other_keys, put_in
+from experiments.latents.donors import (
+    Given,
+    Noise,
+    another_wording,
+    by_key,
+    check_known,
+    key_of,
+    latents_of,
+    other_keys,
+    put_in,
+)
 from experiments.latents.options import TransferOptions
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import Selector, differences, levels, row_of, rows_of, weighed
@@ -210,7 +220,7 @@ def _pairs(model: CodiModel, prompts: Split, draws: int, seed: int) -> _Pairs:
     keys = sorted(pools)
     found = _Pairs([], [], [])
     for problem, story in zip(prompts.evaluation, stories, strict=True):
-        same = [row for row in pools.get(key_of(problem), []) if derivation[row].template != problem.template]
+        same = [row for row in pools.get(key_of(problem), []) if another_wording(derivation[row], problem)]
         others = other_keys(keys, problem)
         if story not in means or not same or not others:
             continue
@@ -219,7 +229,7 @@ def _pairs(model: CodiModel, prompts: Split, draws: int, seed: int) -> _Pairs:
             pool: list[int] = []
             while not pool:
                 key = others[int(rng.integers(len(others)))]
-                pool = [row for row in pools[key] if derivation[row].template != problem.template] or pools[key]
+                pool = [row for row in pools[key] if another_wording(derivation[row], problem)] or pools[key]
             drawn.append(
                 {"same value": same[int(rng.integers(len(same)))], "other value": pool[int(rng.integers(len(pool)))]}
             )
@@ -228,8 +238,8 @@ def _pairs(model: CodiModel, prompts: Split, draws: int, seed: int) -> _Pairs:
         found.donors.append(drawn)
     if not found.problems:
         raise ValueError(
-            "no evaluation prompt has both a story mean and a donor of the same value among the derivation prompts: "
-            "use more derivation prompts"
+            "no evaluation prompt has among the derivation prompts both a donor of the same value (other words, the "
+            "same intermediate values) and prompts of its own story and length: use more of them (--derivation)"
         )
     return found
 
@@ -441,7 +451,7 @@ def figure_of(tables: Mapping[str, pd.DataFrame]) -> Any:
 STUDY = Study(
     options=TransferOptions,
     title="Latent transfer",
-    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=3),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=1),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

@@ -328,16 +328,19 @@ def points_of(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_of(trials: pd.DataFrame, settings: Settings | None = None) -> pd.DataFrame:
-    """One row per measure × kind: mean with interval, and how far "lens" lies above it (paired, with interval)."""
+    """One row per measure × kind: mean with interval, and how far "lens" lies above it (paired, with interval; NaN for
+    "lens" itself)."""
     rows = []
     for measure in ("output", "answer", "flipped", "moved"):
         table = trials.assign(value=trials[measure].astype(float)).pivot_table(
             index=["prompt_id", "cluster"], columns="kind", values="value", aggfunc="mean"
         )
         clusters = table.index.get_level_values("cluster").tolist()
-        level = mean_intervals(table.to_numpy(), clusters, settings, bounds=(0.0, np.inf))
+        most = 1.0 if measure == "flipped" else np.inf  # nats and squares have no upper bound
+        level = mean_intervals(table.to_numpy(), clusters, settings, bounds=(0.0, most))
         against = table["lens"].to_numpy()[:, None] - table.to_numpy()
-        gap = mean_intervals(against, clusters, settings, bounds=(-np.inf, np.inf))
+        against[:, [kind == "lens" for kind in table.columns]] = np.nan
+        gap = mean_intervals(against, clusters, settings, bounds=(-most, most))
         for i, kind in enumerate(table.columns):
             rows.append(
                 {

@@ -19,6 +19,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from experiments.figures.heatmap import Scale, colour_bar, matrix, numbers
 from experiments.figures.series import draw_points, draw_series, from_zero, spread
 from experiments.figures.style import (
+    LOWER_IS_BETTER,
     MARKERS,
     STYLE,
     legend,
@@ -316,7 +317,7 @@ def transfer_figure(table: pd.DataFrame, remark: str = "") -> Figure:
     # one bad position must not take all the colours: they end at the ninth decile, the numbers say the rest
     for panel, values, scale, form, title in (
         (axes[0, 0], level, Scale.magnitude(level, quantile=0.9), ".2f", "KL(output ‖ lens), nats, mean over layers"),
-        (axes[0, 1], change, Scale.signed(change, "RdBu_r", quantile=0.9), "+.2f",
+        (axes[0, 1], change, Scale.signed(change, LOWER_IS_BETTER, quantile=0.9), "+.2f",
          "change against the logit lens (blue: better)"),
     ):  # fmt: skip
         matrix(panel, values, names, columns, scale, texts=numbers(values, form))

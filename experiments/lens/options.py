@@ -16,17 +16,20 @@ import tyro
 
 from experiments.study.options import (
     IntervalOptions,
+    JudgingOptions,
     ModelOptions,
     PromptOptions,
     QuestionOptions,
     RunOptions,
     SplitOptions,
+    ThreadOptions,
 )
 from experiments.tasks import TASK_NAMES, check_split
 
 __all__ = [
     "OPTIONS",
     "TOP",
+    "AskOptions",
     "CausalOptions",
     "DetectOptions",
     "DifferenceOptions",
@@ -188,7 +191,7 @@ class ShowOptions(ReadOptions, SplitOptions, ModelOptions):
 
 
 @dataclass(frozen=True)
-class DetectOptions(ReadingOptions):
+class DetectOptions(JudgingOptions, ReadingOptions):
     """Detection rates of intermediate and final values for k = 1..10, chance level, entropy, word families."""
 
     COMMAND: ClassVar[str] = "lens detect"
@@ -286,6 +289,46 @@ class CausalOptions(ReadOptions, IntervalOptions, PromptOptions, ModelOptions):
         wrong = [layer for layer in self.layers or () if layer < 0]
         if wrong:
             raise ValueError(f"layers must be 0 or more, got {wrong[0]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(ThreadOptions, ModelOptions):
+    """One question: the model's answer, and what a lens reads at each latent of the thought before it."""
+
+    COMMAND: ClassVar[str] = "ask"
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"top": 1}
+
+    question: tyro.conf.Positional[str]
+    """The question, in quotes."""
+    lens: Path | None = None
+    """Folder of tuned lenses (codi lens train); None: the logit lens."""
+    read: str = "each"
+    """Which of them: each (at every latent its own), or the name of one. Not used without --lens."""
+    layers: tuple[int, ...] | None = None
+    """Layers that are read, 0 (the embedding) to the model's last, which is its own next-token distribution; None: the
+    last two."""
+    top: int = 5
+    """Most probable tokens that are shown."""
+    direct: bool = False
+    """Also the answer without any thought."""
+    chain: bool = False
+    """Also the answer after a written chain of thought."""
+    suffix: bool = True
+    """Append the sentence that ended the checkpoint's training questions, if it had one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.question.strip():
+            raise ValueError("the question must hold at least one word, got an empty one")
+        given = self.layers or ()
+        if self.layers == () or len(set(given)) < len(given) or any(layer < 0 for layer in given):
+            words = " ".join(map(str, given)) or "none"
+            raise ValueError(f"layers must be different, from 0, and at least one: got {words}")
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        if self.lens is not None and not self.lens.exists():
+            raise ValueError(f"there are no lenses at {self.lens}: run codi lens train, or leave --lens out")
 
 
 def _typed(name: str) -> str:

@@ -178,9 +178,11 @@ def _claims_of_lens(found: Detection, i: int, latents: list[int], settings: Sett
         ("S1 detection", "the final answer is detected most at latents 2 and 4", over, (2, 4), "rate above chance"),
         ("S1 entropy", "entropy is highest at latents 3 and 5", entropy, (3, 5), "nats"),
     ):
+        most = np.inf if unit == "nats" else 2.0  # a rate above chance lies in -1..1
+
         mine = values[:, [k in chosen for k in latents]].mean(axis=1, keepdims=True)
         lead = mine - values[:, [k not in chosen for k in latents]]  # over each of the other latents
-        table = mean_intervals(lead, found.clusters, together, bounds=(-np.inf, np.inf))
+        table = mean_intervals(lead, found.clusters, together, bounds=(-most, most))
         row = table.iloc[int(table["mean"].to_numpy().argmin())]  # the strongest of the other latents
         yield effect_claim(
             f"{name}, lens {found.lenses[i]}",

@@ -28,7 +28,7 @@ from experiments.lens.spellings import (
     word_spellings,
 )
 from experiments.lens.targets import Targets, donor_rates
-from experiments.tasks import Problem, is_correct
+from experiments.tasks import Problem
 from lenses.latent_lens import LatentLens, States, latent_states
 
 __all__ = ["detect", "shared_positions"]
@@ -93,7 +93,7 @@ def detect(
         with torch.no_grad():
             run = model.rollout(batch, model.n_latents, keep=("hidden_states", "cache"))
             for i, text in zip(rows, decode_answers(model, run).texts, strict=True):
-                right[i] = is_correct(text, problems[i].answer)
+                right[i] = problems[i].is_answered_by(text)
             sheet.fill(rows, run)
         advance(len(rows))
     values = targets.values[targets.answers]

@@ -57,7 +57,8 @@ def training_split(options: TrainOptions, suffix: str) -> tuple[list[Problem], l
         if options.task in TASK_NAMES:
             rest, test = (load_task(options.task, split, None, options.seed) for split in ("derivation", "test"))
         else:
-            problems = load_task(options.task, options.split, None, options.seed, **options.bounds)
+            comma = options.decimal_comma
+            problems = load_task(options.task, options.split, None, options.seed, decimal_comma=comma, **options.bounds)
             rest, test = split_by_cluster(problems, 0.85, options.seed)
         training, validation = split_by_cluster(rest, 0.85, options.seed)
         chosen = zip((training, validation, test), counts.values(), strict=True)

@@ -25,7 +25,7 @@ from experiments.page.markdown import REFUSED, found, refusals, write_page
 from experiments.page.options import FindingsOptions
 from experiments.page.studies import STUDIES, Entry
 from experiments.study.folder import write_whole
-from experiments.study.options import ModelOptions, Options, RunOptions, changed
+from experiments.study.options import JudgingOptions, ModelOptions, Options, RunOptions, changed
 from experiments.study.result import FILE, Result
 from experiments.study.run import Study, run_study, to_stderr
 from lm.terms import Attention
@@ -37,6 +37,8 @@ __all__ = ["Models", "main", "options_of", "run"]
 
 SHARED = {one.name for group in (ModelOptions, RunOptions) for one in fields(group)} - {"out"} | {"reach"}
 """Options that are handed on to every study where they are not at their default."""
+JUDGING = {one.name for one in fields(JudgingOptions)}
+"""Options that are handed on to the studies that judge answers."""
 
 
 class Models:
@@ -61,7 +63,7 @@ def arguments(options: FindingsOptions, entry: Entry) -> list[str]:
     """The command line of one study after its first word: only what is not its default, and where it writes."""
     given = list(entry.command[1:])
     for name, value in changed(options).items():
-        if name in SHARED:
+        if name in SHARED or (name in JUDGING and issubclass(entry.options, JudgingOptions)):
             given += [f"--{name.replace('_', '-')}", str(value)]
     if entry.reads:
         given += [entry.reads[0], str(options.out / entry.reads[1])]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiments.page.options import MARKER, check_page
 from experiments.page.studies import Entry
+from experiments.study.claims import VERDICTS
 from experiments.study.folder import write_whole
 from experiments.study.result import FILE, FigureFiles, Result, Section
 
@@ -91,9 +92,24 @@ def claims_table(known: Sequence[Found]) -> list[str]:
     for one in known:
         for claim in (one.result.claims if one.result else None) or ():
             number = "–" if claim.verdict == "not testable" else claim.number
-            cells = (f"`{one.entry.words}`", claim.name, claim.statement, number, f"**{claim.verdict}**")
+            cells = (f"`{one.entry.words}`", claim.name, claim.statement, number, f"**{claim.answer}**")
             rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return ["| study | claim | statement | number | verdict |", "|---|---|---|---|---|", *rows] if rows else []
+
+
+_VERDICTS = (
+    "**Held**: the whole interval lies on the claimed side; of a claim that something is absent, within the size that",
+    "its rule states. **Not held**: the whole interval lies on the other side, or beyond that size. **Undecided**: it",
+    "reaches across, so that this run is too small to say. **Not testable**: model or data cannot answer at all. Where",
+    "claims of one study rest on the same prompts, their intervals are corrected to hold all at once; which these are,",
+    "how they are corrected, the rule and the notes of each claim stand in the section of its study.",
+)
+
+
+def _counts(known: Sequence[Found]) -> str:
+    """How many claims got which verdict."""
+    verdicts = [claim.verdict for one in known for claim in (one.result.claims if one.result else None) or ()]
+    return f"{len(verdicts)} claims: " + ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS) + "."
 
 
 def section(one: Found, figures: Mapping[str, str]) -> list[str]:
@@ -145,8 +161,7 @@ def write_page(page: Path, known: Sequence[Found], model: str) -> str:
     parts = [before.split(MARKER)[0].rstrip(), "", MARKER, ""]
     claims = claims_table(known)
     if claims:
-        parts += ["## Published claims", "", "Held: the whole 95 % interval lies on the claimed side. The rule and the",
-                  "notes of each are in the section of its study.", "", *claims, ""]  # fmt: skip
+        parts += ["## Published claims", "", *_VERDICTS, "", _counts(known), "", *claims, ""]
     for one in known:
         places = {}
         for figure in pictures(one):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from experiments.page.studies import STUDIES
-from experiments.study.options import ModelOptions, RunOptions
+from experiments.study.options import JudgingOptions, ModelOptions, RunOptions
 
 __all__ = ["MARKER", "FindingsOptions"]
 
@@ -15,7 +15,7 @@ MARKER = "<!-- What follows is written by `codi findings`; what stands above thi
 
 
 @dataclass(frozen=True)
-class FindingsOptions(RunOptions, ModelOptions):
+class FindingsOptions(JudgingOptions, RunOptions, ModelOptions):
     """Run every study on one model and collect what they found on one page."""
 
     COMMAND: ClassVar[str] = "findings"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
+
+from experiments.commands import COMMANDS
+from experiments.study.option_class import Options
 
 __all__ = ["STUDIES", "Entry"]
 
@@ -29,6 +33,14 @@ class Entry:
     def words(self) -> str:
         """The command without options."""
         return " ".join(self.command[: next((i for i, w in enumerate(self.command) if w.startswith("-")), None)])
+
+    @property
+    def options(self) -> type[Options]:
+        """The class of its options."""
+        given = COMMANDS[self.command[0]].load_options()
+        nested = [typing.get_args(one)[0] for one in typing.get_args(given)]  # of a command with subcommands
+        members: list[type[Options]] = nested or [given]
+        return next(member for member in members if member.COMMAND == self.words)
 
 
 LENS = ("--lens", "lens")

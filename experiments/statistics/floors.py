@@ -84,9 +84,10 @@ def _scarce(gain: bool, harm: bool, gain_clusters: int, harm_clusters: int, test
     sides = ((gain, gain_clusters, "improvement", "wrong"), (harm, harm_clusters, "harm", "right"))
     for seen, number, word, state in sides:
         if not seen:
+            holds, them = ("cluster holds", "it") if number == 1 else ("clusters hold", "all of them")
             lines.append(
-                f"Only {number} clusters hold an answer that is {state} before the edit: not even an edit that turned "
-                f"all of them could be told from chance{after}; no {word} can be found here."
+                f"Only {number} {holds} an answer that is {state} before the edit: not even an edit that turned "
+                f"{them} could be told from chance{after}; no {word} can be found here."
             )
     return " ".join(lines)
 

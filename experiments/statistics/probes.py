@@ -35,7 +35,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from experiments.statistics.clusters import bootstrap_interval, cluster_codes, cluster_weights
+from experiments.statistics.clusters import cluster_codes, cluster_interval, cluster_weights
 from experiments.statistics.control_tasks import control_labels, folds_by, joined, reachable
 
 __all__ = ["CONTRAST", "MOST_CLASSES", "Design", "ProbeScores", "Target", "probe", "probe_table"]
@@ -391,7 +391,7 @@ def probe_table(
         bounds = (-1.0, 1.0) if prefix else (0.0, 1.0)
         if known.any():
             spread = np.broadcast_to(counts, values[known].shape)
-            lower[known], upper[known] = bootstrap_interval(
+            lower[known], upper[known] = cluster_interval(
                 values[known], spread, weights=weights, level=level, bounds=bounds
             )
         table[f"{prefix}lower"], table[f"{prefix}upper"] = lower, upper

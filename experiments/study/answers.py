@@ -18,9 +18,9 @@ import pandas as pd
 import pyarrow as pa
 from torch import Tensor
 
-from experiments.tasks import Problem, extract_answer, is_correct
+from experiments.tasks import COMMON, Problem, Reading
 
-__all__ = ["ANSWER_COLUMNS", "answer_table", "judged", "latents_in", "set_of", "trial_schema"]
+__all__ = ["ANSWER_COLUMNS", "answer_table", "judged", "latents_in", "reading_of", "set_of", "trial_schema"]
 
 ANSWER_COLUMNS: dict[str, pa.DataType] = {
     "prompt_id": pa.string(), "cluster": pa.string(), "template": pa.string(), "operation": pa.string(),
@@ -35,7 +35,9 @@ def trial_schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema([*columns.items(), *ANSWER_COLUMNS.items()])
 
 
-def judged(texts: Sequence[str], answers: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
+def judged(
+    texts: Sequence[str], answers: Sequence[float] | np.ndarray, reading: Reading = COMMON
+) -> dict[str, np.ndarray]:
     """Columns text, prediction (NaN: no number), parsed and correct; a text without a number is wrong.
 
     Every distinct text is read once, every distinct pair of text and answer judged once.
@@ -43,18 +45,26 @@ def judged(texts: Sequence[str], answers: Sequence[float] | np.ndarray) -> dict[
     Args:
         texts: (row,) what was generated.
         answers: (row,) what is right.
+        reading: how answers are read.
     """
     codes, found = pd.factorize(np.array(texts, dtype=object))
     answer_codes, wanted = pd.factorize(np.asarray(answers))
-    numbers = [extract_answer(text) for text in found]
+    numbers = [reading.number(text) for text in found]
     pairs, place = np.unique(codes * len(wanted) + answer_codes, return_inverse=True)
-    right = [is_correct(found[pair // len(wanted)], wanted[pair % len(wanted)]) for pair in pairs]
+    right = [reading.agrees(found[pair // len(wanted)], wanted[pair % len(wanted)]) for pair in pairs]
     return {
         "text": found[codes],
         "prediction": np.array([np.nan if number is None else float(number) for number in numbers])[codes],
         "parsed": np.array([number is not None for number in numbers], dtype=bool)[codes],
         "correct": np.array(right, dtype=bool)[place],
     }
+
+
+def reading_of(problems: Iterable[Problem]) -> Reading:
+    """How the answers to these problems are read: one way for all of them."""
+    found = {problem.reading for problem in problems} or {COMMON}
+    assert len(found) == 1, "the prompts of one study are read in one way"
+    return found.pop()
 
 
 def answer_table(
@@ -76,7 +86,7 @@ def answer_table(
         "template": [problem.template for problem in asked],
         "operation": [problem.operation for problem in asked],
         "answer": answers,
-        **judged(texts, answers),
+        **judged(texts, answers, reading_of(problems)),
     }
     return pd.DataFrame({**columns, **frame}, index=range(len(asked)))
 

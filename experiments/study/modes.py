@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from codi.decode import decode_answers, default_new_tokens
-from experiments.study.answers import judged
+from experiments.study.answers import judged, reading_of
 from experiments.tasks import Problem
 from lm.terms import ANSWER_MODES, AnswerMode
 
@@ -96,7 +96,7 @@ def evaluate(
                     "operation": [problem.operation for problem in problems],
                     "n_steps": [len(problem.steps) for problem in problems],
                     "answer": [problem.answer for problem in problems],
-                    **judged(answers, [problem.answer for problem in problems]),
+                    **judged(answers, [problem.answer for problem in problems], reading_of(problems)),
                 }
             )
         )

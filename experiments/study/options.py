@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,8 +33,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import tyro
 
-from experiments.tasks import TASK_NAMES
-from lm.terms import Attention, ControlText, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
+from experiments.study.option_class import Options, changed, command_line, identity_of
+from experiments.tasks import TASK_NAMES, Reading
+from lm.terms import AnswerRule, Attention, ControlText, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
 
 if TYPE_CHECKING:
     from codi import CodiModel
@@ -48,6 +48,7 @@ __all__ = [
     "ControlOptions",
     "DrawOptions",
     "IntervalOptions",
+    "JudgingOptions",
     "ModelOptions",
     "Options",
     "PromptOptions",
@@ -58,44 +59,12 @@ __all__ = [
     "StatisticsOptions",
     "StudyOptions",
     "TaskOptions",
+    "ThreadOptions",
     "changed",
     "command_line",
     "identity_of",
     "load_model",
 ]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every group of options can do: check its values, once, when it is made."""
-
-    COMMAND: ClassVar[str] = ""
-    """Words after `codi` that these options belong to, such as "necessity" or "lens train"."""
-    AT_LEAST: ClassVar[Mapping[str, float]] = {}
-    """Option -> smallest value that is allowed. A command may ask for more than the group does."""
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset()
-    """Options of this class that say where or how fast, not what."""
-    IDENTITY: ClassVar[frozenset[str]] = frozenset()
-    """Options of inherited groups that decide the result of this command although they don't that of others."""
-    LATER: ClassVar[frozenset[str]] = frozenset()
-    """Options that this class (or group) got after runs of it had been written."""
-
-    def __post_init__(self) -> None:
-        bounds: dict[str, float] = {}
-        for one in reversed(type(self).__mro__):
-            bounds |= vars(one).get("AT_LEAST", {})
-        for name, low in bounds.items():
-            value = getattr(self, name, None)
-            if value is not None and value < low:
-                allowed = f"at least {low}" if low else "0 or more"
-                raise ValueError(f"{_shown(name)} must be {allowed}, got {value}")
-
-    def check_inputs(self) -> None:
-        """Refuse what can be seen to be wrong by a look at the disk, before anything is imported or loaded.
-
-        Raises:
-            ValueError: one line: what was given and what is allowed.
-        """
 
 
 # --- Groups -----------------------------------------------------------------------------------------------------------
@@ -187,7 +156,7 @@ class Bounds(TypedDict):
 class QuestionOptions(Options):
     """Where questions come from."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"reach"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"reach", "decimal_comma"})
 
     task: str = "templates"
     """Task of the prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
@@ -199,16 +168,27 @@ class QuestionOptions(Options):
     """Only problems in which some value is at least this; None: no bound. Not used for templates."""
     suffix: bool = True
     """Append the sentence that ended the checkpoint's training questions, if it had one."""
+    decimal_comma: bool = False
+    """Commas are decimal in the task's answers and steps and in the model's texts: 3,5 is 3.5, and 1.234 is 1234."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_steps is not None and self.max_steps is not None and self.min_steps > self.max_steps:
             raise ValueError(f"min-steps must not exceed max-steps, got {self.min_steps} and {self.max_steps}")
+        _ = self.reading  # refused here if it contradicts itself
 
     @property
     def asked(self) -> str:
         """What the prompts are called in a summary."""
         return self.task
+
+    @property
+    def reading(self) -> Reading:
+        """How answers are read, from the fields of the task and from texts; by a command that judges none, fields."""
+        rule = self.answers if isinstance(self, JudgingOptions) else "common"
+        if rule == "published" and self.decimal_comma:
+            raise ValueError("the published rule knows no decimal commas: leave out --answers or --decimal-comma")
+        return Reading(rule, self.decimal_comma)
 
     @property
     def chosen_task(self) -> str:
@@ -224,12 +204,16 @@ class QuestionOptions(Options):
 
     def check_inputs(self) -> None:
         super().check_inputs()
-        task = self.chosen_task
-        hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", task)
-        if task not in TASK_NAMES and not hub_id and not Path(task).exists():
-            from experiments.tasks.readers import TASK_HELP
+        _check_task(self.chosen_task)
 
-            raise ValueError(f"unknown task {task!r}: no such file or folder; {TASK_HELP}")
+
+def _check_task(task: str) -> None:
+    """Refuse a task that is no name, file, folder or hub id."""
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", task)
+    if task not in TASK_NAMES and not hub_id and not Path(task).expanduser().exists():
+        from experiments.tasks.readers import TASK_HELP
+
+        raise ValueError(f"unknown task {task!r}: no such file or folder; {TASK_HELP}")
 
 
 @dataclass(frozen=True)
@@ -270,7 +254,10 @@ class SplitOptions(TaskOptions):
         from experiments.study.prompts import one_split
 
         suffix = question_suffix if self.suffix else ""
-        return one_split(self.task, self.split, self.limit, seed, suffix, known_steps=known_steps, **self.bounds)
+        return one_split(
+            self.task, self.split, self.limit, seed, suffix,
+            known_steps=known_steps, reading=self.reading, **self.bounds,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -278,10 +265,19 @@ class PromptOptions(TaskOptions):
     """Prompts that are asked, and others that means and directions are taken from."""
 
     AT_LEAST: ClassVar[Mapping[str, float]] = {"derivation": 2}
+    LATER: ClassVar[frozenset[str]] = frozenset({"derivation_task"})
 
     derivation: int = 1120
     """Most prompts that means, directions and donors are taken from. They share no question and no numbers with the
     evaluation prompts (checked); of a file at most half of the clusters are taken."""
+    derivation_task: str | None = None
+    """Take them from this other task (a name, file, folder or hub id), so that every prompt of --task can be evaluated;
+    what shares question, cluster or numbers with an evaluated one is left out. None: from --task."""
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        if self.derivation_task is not None:
+            _check_task(self.derivation_task)
 
     def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
         """Evaluation and derivation prompts.
@@ -298,7 +294,10 @@ class PromptOptions(TaskOptions):
         from experiments.study.prompts import two_splits
 
         suffix = question_suffix if self.suffix else ""
-        return two_splits(self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, **self.bounds)
+        return two_splits(
+            self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps,
+            derivation_task=self.derivation_task, reading=self.reading, **self.bounds,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -312,6 +311,22 @@ class PublishedPromptOptions(PromptOptions):
     def asked(self) -> str:
         return "templates (the published choice)" if self.legacy and self.task in TASK_NAMES else self.task
 
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        self.check_legacy()
+
+    def check_legacy(self) -> None:
+        """Refuse what contradicts the published protocol.
+
+        Raises:
+            ValueError: it does.
+        """
+        if self.legacy and self.derivation_task is not None:
+            raise ValueError(
+                "legacy takes means from the evaluated prompts: leave --derivation-task out, got "
+                f"{self.derivation_task!r}"
+            )
+
     def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
         """As `PromptOptions.load_split`; with `legacy`, means are taken from the evaluation prompts themselves, and for
         a generated task these are the published choice of templates."""
@@ -319,19 +334,30 @@ class PublishedPromptOptions(PromptOptions):
 
         suffix = question_suffix if self.suffix else ""
         if self.legacy and self.task in TASK_NAMES:
-            return published_split(self.limit, seed, suffix, known_steps)
+            return published_split(self.limit, seed, suffix, known_steps, self.reading)
         return two_splits(
-            self.task, self.limit, self.derivation, seed, suffix,
-            known_steps=known_steps, legacy=self.legacy, **self.bounds,
+            self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, legacy=self.legacy,
+            derivation_task=self.derivation_task, reading=self.reading, **self.bounds,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
+class ThreadOptions(Options):
+    """How much of the machine is used."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"threads": 0}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"threads"})
+
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice."""
+
+
+@dataclass(frozen=True)
+class RunOptions(ThreadOptions):
     """Where a run is written, its seed, and how much is computed at once."""
 
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1, "threads": 0}
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size", "threads"})
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"seed": 0, "batch_size": 1}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"out", "batch_size"})
 
     out: Path = Path("runs/study")
     """Run folder. One that holds the same run is continued; one that holds another run is refused."""
@@ -339,8 +365,6 @@ class RunOptions(Options):
     """Seed of prompts, draws and statistics."""
     batch_size: int = 256
     """Rows computed at once."""
-    threads: int = 0
-    """CPU threads; 0: PyTorch's choice."""
 
     def check_inputs(self) -> None:
         super().check_inputs()
@@ -351,8 +375,19 @@ class RunOptions(Options):
 
 
 @dataclass(frozen=True)
-class AnswerOptions(Options):
-    """How an answer is written."""
+class JudgingOptions(Options):
+    """How answers are judged."""
+
+    LATER: ClassVar[frozenset[str]] = frozenset({"answers"})
+
+    answers: AnswerRule = "common"
+    """How the number is read from the model's text. common: as numbers in data sets are, so 1/2, 1e3, -$5, a box or
+    "#### n" mean what they mean; published: the last digits in it, as the published evaluation has it."""
+
+
+@dataclass(frozen=True)
+class AnswerOptions(JudgingOptions):
+    """How an answer is written, and judged."""
 
     AT_LEAST: ClassVar[Mapping[str, float]] = {"max_new_tokens": 1}
 
@@ -426,52 +461,3 @@ class ControlOptions(DrawOptions):
 @dataclass(frozen=True)
 class StudyOptions(StatisticsOptions, AnswerOptions, RunOptions, PublishedPromptOptions, ModelOptions):
     """What an intervention study of latents asks for: all groups but the draws."""
-
-
-# --- What is done with all of them ------------------------------------------------------------------------------------
-
-
-def identity_of(options: Options) -> dict[str, Any]:
-    """The options that decide the result, as plain JSON values: the same keys as in the manifest of a run of the study.
-
-    Left out: what `NOT_IDENTITY` names (unless the command's `IDENTITY` does), and what `LATER` names where it has the
-    default of this command.
-    """
-    outside, inside, later = (
-        frozenset().union(*(vars(one).get(name, ()) for one in type(options).__mro__))
-        for name in ("NOT_IDENTITY", "IDENTITY", "LATER")
-    )
-    found = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if field.name in outside - inside or (field.name in later and value == _default(field)):
-            continue
-        found[field.name] = str(value) if isinstance(value, Path) else list(value) if type(value) is tuple else value
-    return found
-
-
-def changed(options: Options) -> dict[str, Any]:
-    """The options that are not at their default."""
-    fields = dataclasses.fields(options)
-    return {one.name: getattr(options, one.name) for one in fields if getattr(options, one.name) != _default(one)}
-
-
-def command_line(options: Options) -> str:
-    """The command that asks for these options, as it is typed."""
-    words = ["codi", *options.COMMAND.split()]
-    for name, value in changed(options).items():
-        if isinstance(value, bool):
-            words.append(f"--{'' if value else 'no-'}{_shown(name)}")
-        else:
-            words += [f"--{_shown(name)}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
-
-
-def _shown(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default

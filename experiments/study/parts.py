@@ -44,6 +44,9 @@ class Prompts(Protocol):
     def about(self) -> str:
         """Sizes in words; "" where nothing is asked."""
 
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per prompt: side, id, question, answer, steps, cluster; on both sides, twice."""
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -29,7 +29,10 @@ def progress(total: int, unit: str, what: str) -> Iterator[Callable[[int], objec
     """
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=unit, desc=what, smoothing=0.1, file=sys.stderr) as bar:
+    rarely = 0.1 if sys.stderr.isatty() else 15.0  # nobody watches a file
+    with tqdm(
+        total=total, unit=unit, desc=what, smoothing=0.1, leave=None, mininterval=rarely, file=sys.stderr
+    ) as bar:  # leave None: bars inside another one go when they are done
         yield bar.update
 
 

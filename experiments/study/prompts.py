@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from experiments.tasks import load_task, with_suffix
+from experiments.tasks import COMMON, STEPS_HELP, TASK_NAMES, Reading, load_task, with_suffix
 from experiments.tasks.split import Split, load_split
 
 __all__ = ["LEGACY_TRIPLES", "Asked", "JoinedSplit", "joined_split", "one_split", "published_split", "two_splits"]
@@ -63,18 +63,20 @@ def one_split(
     min_steps: int | None = None,
     max_steps: int | None = None,
     reach: int | None = None,
+    reading: Reading = COMMON,
 ) -> Split:
     """Prompts of one split of a task as the evaluation side; the derivation side is empty.
 
     Args:
         task, split, limit, seed, suffix, min_steps, max_steps, reach: see `experiments.tasks.load_task`.
         known_steps: number of intermediate values that every prompt must have.
+        reading: how answers are read; its decimal comma counts for the fields of the task as well.
 
     Raises:
         ValueError: as `load_task`, or a prompt without so many intermediate values.
     """
-    problems = load_task(task, split, limit, seed, suffix, min_steps, max_steps, reach)
-    return _known(Split((), tuple(problems)), known_steps, task)
+    problems = load_task(task, split, limit, seed, suffix, min_steps, max_steps, reach, reading.decimal_comma)
+    return _known(Split((), tuple(problems)), known_steps, task).read_by(reading)
 
 
 def two_splits(
@@ -89,13 +91,16 @@ def two_splits(
     min_steps: int | None = None,
     max_steps: int | None = None,
     reach: int | None = None,
+    derivation_task: str | None = None,
+    reading: Reading = COMMON,
 ) -> Split:
     """Evaluation and derivation prompts that share nothing (with `legacy`: that are the same).
 
     Args:
-        task, limit, derivation, seed, suffix, legacy, min_steps, max_steps, reach: see
+        task, limit, derivation, seed, suffix, legacy, min_steps, max_steps, reach, derivation_task: see
             `experiments.tasks.split.load_split`.
         known_steps: number of intermediate values that every prompt must have.
+        reading: as for `one_split`.
 
     Raises:
         ValueError: as `load_split`, or a prompt without so many intermediate values.
@@ -110,11 +115,15 @@ def two_splits(
         max_steps=max_steps,
         reach=reach,
         legacy=legacy,
+        derivation_task=derivation_task,
+        decimal_comma=reading.decimal_comma,
     )
-    return _known(split, known_steps, task)
+    return _known(split, known_steps, task, derivation_task).read_by(reading)
 
 
-def published_split(limit: int | None, seed: int, suffix: str, known_steps: int = 0) -> Split:
+def published_split(
+    limit: int | None, seed: int, suffix: str, known_steps: int = 0, reading: Reading = COMMON
+) -> Split:
     """The template prompts of the first 50 number triples, all of them or a seeded choice, on both sides.
 
     Args:
@@ -122,6 +131,7 @@ def published_split(limit: int | None, seed: int, suffix: str, known_steps: int 
         seed: of the choice.
         suffix: appended to every question.
         known_steps: number of intermediate values that every prompt must have.
+        reading: how answers are read.
     """
     import numpy as np
 
@@ -134,15 +144,19 @@ def published_split(limit: int | None, seed: int, suffix: str, known_steps: int 
         keep = np.sort(generator(seed, "legacy-limit").permutation(len(problems))[:limit])
         problems = [problems[i] for i in keep]
     both = tuple(with_suffix(problems, suffix))
-    return _known(Split(both, both), known_steps, "templates")
+    return _known(Split(both, both), known_steps, "templates").read_by(reading)
 
 
-def _known(split: Split, steps: int, task: str) -> Split:
+def _known(split: Split, steps: int, task: str, derivation_task: str | None = None) -> Split:
     """The split, if all its prompts have so many intermediate values."""
-    for problem in (*split.evaluation, *split.derivation):
-        if len(problem.intermediates) < steps:
+    for source, side in ((task, split.evaluation), (derivation_task or task, split.derivation)):
+        short = [problem for problem in side if len(problem.intermediates) < steps]
+        if short:
+            advice = f"{STEPS_HELP}; or use the task 'templates'"
+            if any(problem.steps for problem in short) or source in TASK_NAMES:
+                advice = f"give --min-steps {steps}, or use the task 'templates'"
             raise ValueError(
-                f"{task}: this study needs prompts with {steps} known intermediate values; "
-                f"{problem.prompt_id!r} has {len(problem.intermediates)}: use the task 'templates' or prompts.json"
+                f"{source}: this study needs prompts with {steps} known intermediate values; {len(short)} of "
+                f"{len(side)} have fewer, {short[0].prompt_id!r} has {len(short[0].intermediates)}: {advice}"
             )
     return split

@@ -26,6 +26,7 @@ from experiments.study.language import LanguageOptions
 from experiments.study.options import ModelOptions, RunOptions, command_line, identity_of
 from experiments.study.parts import Executor, Part, Prompts, Recipe, Workbench, run_here
 from experiments.study.progress import no_bar, progress
+from experiments.study.prompts_file import write_prompts
 from experiments.study.result import FigureFiles, Result, Section
 from lm.terms import Attention
 
@@ -124,7 +125,10 @@ class Study(Generic[O, P]):
 
 def to_stderr(line: str) -> None:
     """A line for a person."""
-    print(line, file=sys.stderr, flush=True)
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # leaves progress bars whole
+    sys.stderr.flush()
 
 
 def study_identity(options: RunOptions, model: CodiModel, prompts: Prompts) -> dict[str, Any]:
@@ -190,6 +194,7 @@ def run_study(
     own = language_identity if isinstance(options, LanguageOptions) else study_identity
     identity = (study.identity or own)(options, model, prompts)
     with open_run(options.out, identity, model=options.model, about=prompts.about(), say=say) as folder:
+        write_prompts(folder, prompts)
         try:
             fill(folder, parts, bench, say, executor)
         except KeyboardInterrupt:
@@ -219,11 +224,14 @@ def fill(
     assert len(set(names)) == len(names), "two parts of a study have the same name"
     missing = [part for part in parts if not folder.has_part(part.name, part.schema, part.rows)]
     began = time.time()
-    for part, rows in executor(missing, bench):
-        folder.write_part(part.name, rows, part.schema)
-        n_rows = len(rows) if isinstance(rows, pd.DataFrame) else len(next(iter(rows.values())))
-        say(f"  {part.name}: {n_rows:,} rows in {time.time() - began:.0f} s")
-        began = time.time()
+    bar = bench.bar if len(missing) > 1 else no_bar
+    with bar(len(missing), "part", "parts") as advance:
+        for part, rows in executor(missing, bench):
+            folder.write_part(part.name, rows, part.schema)
+            n_rows = len(rows) if isinstance(rows, pd.DataFrame) else len(next(iter(rows.values())))
+            say(f"  {part.name}: {n_rows:,} rows in {time.time() - began:.0f} s")
+            advance(1)
+            began = time.time()
 
 
 def read_trials(folder: RunFolder, parts: Sequence[Part]) -> dict[str, pd.DataFrame]:

@@ -6,15 +6,16 @@ structure.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
 from experiments.study.edits.cells import cell_statistics, control_statistics
-from experiments.study.edits.pairing import Family, families
+from experiments.study.edits.pairing import families, named
 from experiments.study.edits.verdicts import judge_cells
+from experiments.study.progress import Bar, no_bar
 from experiments.sweep.structure import (
     marginal_effects,
     rank_consistency,
@@ -24,6 +25,8 @@ from experiments.sweep.structure import (
 )
 
 __all__ = ["Analysis", "analyse"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,39 @@ class Analysis:
     settings: Settings
 
 
-def analyse(trials: pd.DataFrame, settings: Settings | None = None) -> Analysis:
-    """Every table from the trials; deterministic for given trials (in any row order) and settings."""
+def analyse(trials: pd.DataFrame, settings: Settings | None = None, bar: Bar = no_bar) -> Analysis:
+    """Every table from the trials; deterministic for given trials (in any row order) and settings.
+
+    Args:
+        trials: of a sweep.
+        settings: of the statistics.
+        bar: makes the progress bar.
+    """
     settings = settings or Settings()
-    paired = families(trials)
-    verdicts = [judge_cells(family, settings) for family in paired]
-    cells = cell_statistics(paired, settings, verdicts=verdicts)
+    with bar(8, "table", "statistics") as advance:
+
+        def done(table: T) -> T:
+            advance(1)
+            return table
+
+        paired = done(families(trials))
+        verdicts = done([judge_cells(family, settings) for family in paired])
+        cells = done(cell_statistics(paired, settings, verdicts=verdicts))
+        controls = done(control_statistics(paired, settings))
+        marginals = done(marginal_effects(paired, settings))
+        correlations = done(rank_correlations(paired))
+        consistency = done(rank_consistency(paired, settings))
+        variance = done(variance_shares(paired, settings))
     return Analysis(
         cells=cells,
-        controls=control_statistics(paired, settings),
-        marginals=marginal_effects(paired, settings),
-        correlations=rank_correlations(paired),
-        consistency=rank_consistency(paired, settings),
-        variance=variance_shares(paired, settings),
+        controls=controls,
+        marginals=marginals,
+        correlations=correlations,
+        consistency=consistency,
+        variance=variance,
         symmetry=sign_symmetry(cells),
-        evidence=_named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
-        power=_named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
-        visibility=_named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
+        evidence=named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
+        power=named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
+        visibility=named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
         settings=settings,
     )
-
-
-def _named(paired: Sequence[Family], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The tables of all families in one, with the columns that name the family first."""
-    kept = [
-        pd.concat([pd.DataFrame([family.name] * len(table)), table], axis=1)
-        for family, table in zip(paired, tables, strict=True)
-        if len(table)
-    ]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()

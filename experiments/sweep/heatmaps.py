@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from experiments.figures.heatmap import (
     CORRECTED,
     FAMILY_WISE,
+    Scale,
     colour_bar,
     marks_legend,
     matrix,
@@ -55,11 +56,11 @@ def _level(cell: Any, alpha: float) -> int:
     return CORRECTED if min(cell["gain_q"], cell["loss_q"]) < alpha else 0
 
 
-def _bar(page: Page, view: View, left: float, top: float, height: float, cells: pd.DataFrame) -> None:
+def _bar(page: Page, scale: Scale, left: float, top: float, height: float, cells: pd.DataFrame) -> None:
     tall = height > 2
     place = page.axes(left, top, 0.1, height)
     colour_bar(
-        page.figure, view.scale, place=place, values=cells["difference"].to_numpy(), form="+.0f", factor=100,
+        page.figure, scale, place=place, values=cells["difference"].to_numpy(), form="+.0f", factor=100,
         ticks=6 if tall else 4,
     )  # fmt: skip
     label = "difference from the baseline, points" if tall else "difference, points"
@@ -113,7 +114,7 @@ def _draw_pairs(axes: Axes, view: View, size: float, pairs: list[tuple[int, int]
             low, high = cell["accuracy_lower"], cell["accuracy_upper"]
             texts[i][j] = _with_interval(f"{100 * cell['accuracy']:.1f}", low, high)
     matrix(
-        axes, values, [pair_name(*pair) for pair in pairs], [f"latent {latent}" for latent in column], view.scale,
+        axes, values, [pair_name(*pair) for pair in pairs], [f"latent {latent}" for latent in column], view.scale(size),
         texts=texts, shift=(0.05 if differences else 0.0, 0.0), marks=marks, mark_at=(-0.445, 0.0), mark_size=2.6,
         frames=frames,
     )  # fmt: skip
@@ -124,7 +125,9 @@ def _draw_pairs(axes: Axes, view: View, size: float, pairs: list[tuple[int, int]
             axes.axhline(i - 0.5, color="white", lw=1.8, zorder=2)
 
 
-def _draw_controls(axes: Axes, view: View, below: list[tuple[str, str, pd.DataFrame]], differences: bool) -> None:
+def _draw_controls(
+    axes: Axes, view: View, scale: Scale, below: list[tuple[str, str, pd.DataFrame]], differences: bool
+) -> None:
     latents = view.latents
     values = np.full((len(below), len(latents)), np.nan)
     texts = [[""] * len(latents) for _ in below]
@@ -142,7 +145,7 @@ def _draw_controls(axes: Axes, view: View, below: list[tuple[str, str, pd.DataFr
             else:
                 texts[i][j] = _with_interval(f"{100 * row['accuracy']:.1f}", low, high)
     matrix(
-        axes, values, [label for _, label, _ in below], [""] * len(latents), view.scale, texts=texts,
+        axes, values, [label for _, label, _ in below], [""] * len(latents), scale, texts=texts,
         shift=(0.05 if differences else 0.0, 0.0), bold=[i for i, row in enumerate(below) if row[0] == "none"],
     )  # fmt: skip
     axes.set_xticks([])
@@ -162,9 +165,9 @@ def _heatmap(view: View, size: float, *, differences: bool) -> Figure:
     axes = page.axes(_LABELS, _TOP, width, _ROW * len(pairs))
     _draw_pairs(axes, view, size, pairs, differences)
     lower = page.axes(_LABELS, _TOP + _ROW * len(pairs) + _GAP, width, _ROW * len(below))
-    _draw_controls(lower, view, below, differences)
+    _draw_controls(lower, view, view.scale(size), below, differences)
     page.text(_LABELS - 0.05, 0.2, "pair A−B", ha="right", va="bottom", fontsize=6.5)
-    _bar(page, view, _LABELS + width + 0.12, _TOP, max(tall, 1.2), cells)
+    _bar(page, view.scale(size), _LABELS + width + 0.12, _TOP, max(tall, 1.2), cells)
     if differences:
         page.legend(marks_legend(view.settings.alpha), _TOP + max(tall, 1.2) + 0.1, 3)
     return page.figure
@@ -185,7 +188,7 @@ def difference_heatmap(view: View, size: float) -> Figure:
 # --- A x B ------------------------------------------------------------------------------------------------------------
 
 
-def _draw_grid(axes: Axes, view: View, cells: pd.DataFrame, labels: list[int]) -> None:
+def _draw_grid(axes: Axes, view: View, scale: Scale, cells: pd.DataFrame, labels: list[int]) -> None:
     place = {label: number for number, label in enumerate(labels)}
     written = _points if len(labels) <= 6 else _whole  # without decimals where cells are narrow
     shape = (len(labels), len(labels))
@@ -196,7 +199,7 @@ def _draw_grid(axes: Axes, view: View, cells: pd.DataFrame, labels: list[int]) -
         values[i, j], texts[i][j] = cell["difference"], written(cell["difference"])
         marks[i, j], frames[i, j] = _level(cell, view.settings.alpha), cell["verdict"] != "none"
     matrix(
-        axes, values, labels, labels, view.scale, texts=texts, shift=(0.0, 0.08), marks=marks, mark_at=(0.33, -0.33),
+        axes, values, labels, labels, scale, texts=texts, shift=(0.0, 0.08), marks=marks, mark_at=(0.33, -0.33),
         mark_size=2.0, frames=frames, aspect="equal",
     )  # fmt: skip
 
@@ -219,7 +222,7 @@ def pair_grids(view: View, size: float) -> Figure:
     for panel, latent in enumerate(latents):
         left, top = 0.38 + across * (panel % columns), 0.18 + down * (panel // columns)
         axes = page.axes(left, top, side, side)
-        _draw_grid(axes, view, cells[cells["latent"] == latent], labels)
+        _draw_grid(axes, view, view.scale(size), cells[cells["latent"] == latent], labels)
         base = 100 * float(view.baseline(latent)["accuracy"])
         axes.set_title(f"latent {latent} (baseline {base:.1f} %)", pad=3)
         if panel % columns == 0:
@@ -227,6 +230,6 @@ def pair_grids(view: View, size: float) -> Figure:
         if panel + columns >= len(latents):
             axes.set_xlabel("B (subtracted)", labelpad=2)
     right = 0.38 + across * (columns - 1) + side + 0.1
-    _bar(page, view, right, 0.18, side + down * (rows - 1), cells)
+    _bar(page, view.scale(size), right, 0.18, side + down * (rows - 1), cells)
     page.legend(marks_legend(view.settings.alpha), rows * down + 0.25, 3)
     return page.figure

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import tyro
 
-from experiments.figures.style import DPI
+from experiments.figures.style import DPI, WIDTH, WIDTHS
 from experiments.study.manifest import command_of, read_manifest
 from experiments.study.options import (
     AnswerOptions,
@@ -28,6 +28,7 @@ from experiments.study.options import (
 from lm.terms import CONTROLS, PARTS, SPACES, TIMINGS, KeyFrame, Timing
 
 __all__ = [
+    "Colours",
     "PlotOptions",
     "SettingOptions",
     "StatsOptions",
@@ -48,6 +49,8 @@ DEFAULT_REACH: int | None = 100
 is right in 55 to 85 % of them."""
 LEGACY_TASK = "templates"
 
+Colours = Annotated[float | Literal["shared", "each"], tyro.conf.arg(metavar="POINTS|shared|each")]
+"""Colours of differences in figures; see `PlotOptions`."""
 Word = TypeVar("Word", bound=str)
 _Several = tuple[str, ...]
 
@@ -178,10 +181,6 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
     """Evaluation prompts from this file; the same as --task FILE."""
     limit: int | None = 150
     derivation: int = 256
-    derivation_task: str | None = None
-    """Derive directions from the prompts of this other task (a name, file, folder or hub id), so that every prompt of
-    --task can be evaluated; what shares question, cluster or numbers with an evaluated one is left out. With --legacy:
-    the means of the embedding edits only."""
 
     space: Annotated[_Several, tyro.conf.arg(metavar="kv|embedding|hidden …")] = ("kv", "embedding")
     """What is edited: the cache slot of a latent, the vector fed at it, or the state it is projected from."""
@@ -227,10 +226,6 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
         parse_pairs(self.pairs, None)
         for name in ("latents", "layers", "kv_heads"):
             parse_numbers(name.replace("_", "-"), getattr(self, name), None)
-
-    def check_inputs(self) -> None:
-        super().check_inputs()
-        self.check_legacy()
 
     def check_legacy(self) -> None:
         """Refuse what the published scripts cannot do.
@@ -346,6 +341,16 @@ class PlotOptions(SettingOptions):
 
     run: tyro.conf.Positional[Path]
     """Run folder of `codi sweep` (it holds trials/part-*.parquet)."""
+    only: tuple[str, ...] = ()
+    """Draw these figures only: names, parts of names, or patterns in quotes such as "kv-*-difference-*". Empty: all."""
+    caption: bool = True
+    """Write the caption below every figure: what it shows, how many prompts, which intervals."""
+    width: float = WIDTH
+    """Inches. Panels grow or shrink with it, letters keep their size."""
+    scale: Colours = "shared"
+    """Colours of differences: shared, one range for all |c| of a space and timing, so that figures can be compared
+    (large effects at a large |c| leave small ones pale); each, one range for each |c|; or half the range in points,
+    such as 5, where whatever lies beyond has the colours of the ends."""
     dpi: int = DPI
     """Dots per inch of the PNG files."""
 
@@ -353,6 +358,10 @@ class PlotOptions(SettingOptions):
         super().__post_init__()
         if not 50 <= self.dpi <= 1200:
             raise ValueError(f"dpi must be in 50..1200, got {self.dpi}")
+        if not WIDTHS[0] <= self.width <= WIDTHS[1]:
+            raise ValueError(f"width must be in {WIDTHS[0]:g}..{WIDTHS[1]:g} inches, got {self.width:g}")
+        if not isinstance(self.scale, str) and not 0 < self.scale <= 100:
+            raise ValueError(f"scale must be shared, each, or above 0 and at most 100 points, got {self.scale:g}")
 
     def check_inputs(self) -> None:
         super().check_inputs()

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.study.answers import reading_of
 from experiments.study.edits.grid import Grid, conditions
 from experiments.study.edits.run import EditPart
 from experiments.study.folder import versions
@@ -89,6 +90,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What a run folder must agree with to be continued."""
         grid = dataclasses.asdict(self.grid)
+        read = reading_of(self.split.evaluation).record()
         del grid["formula"], grid["extra_latents"]  # both follow from legacy
         return {
             "format": FORMAT,
@@ -101,6 +103,7 @@ class Plan:
             "max_new_tokens": self.max_new_tokens,
             "part_prompts": self.part_prompts,
             "seed": self.grid.seed,
+            **({"reading": read} if read else {}),  # named only where it is not the default: old folders go on
         }
 
     def record(self) -> dict[str, Any]:
@@ -260,7 +263,7 @@ def _grid(options: SweepOptions, model: CodiModel) -> Grid:
 def _split(options: SweepOptions, model: CodiModel) -> Split:
     """With --legacy the evaluation prompts are their own derivation prompts, unless another task is named for these."""
     bounds = options.bounds
-    return load_split(
+    split = load_split(
         options.chosen_task,
         limit=options.limit,
         derivation=options.derivation,
@@ -271,7 +274,9 @@ def _split(options: SweepOptions, model: CodiModel) -> Split:
         min_steps=bounds["min_steps"],
         max_steps=bounds["max_steps"],
         reach=bounds["reach"],
+        decimal_comma=options.decimal_comma,
     )
+    return split.read_by(options.reading)
 
 
 def when(seconds: float) -> str:

@@ -23,6 +23,7 @@ from experiments.study.edits.pairing import families
 from experiments.study.edits.trials import read_trials
 from experiments.study.folder import RunFolder
 from experiments.study.options import command_line
+from experiments.study.progress import progress
 from experiments.study.result import FigureFiles, Result
 from experiments.sweep.analysis import Analysis, analyse
 from experiments.sweep.calibrate import calibration, calibration_section
@@ -121,7 +122,7 @@ def _command(config: Mapping[str, Any], run: Path) -> str:
 def main(options: StatsOptions) -> None:
     """Read the trials, write the tables, print the summary."""
     trials = load_trials(options.run)
-    analysis = analyse(trials, settings_of(options.run, options))
+    analysis = analyse(trials, settings_of(options.run, options), progress)
     write(analysis, options.run)
     print(report(analysis, options.run))
     if options.calibrate:

@@ -30,6 +30,8 @@ from experiments.study.edits.run import EditPart, run_part
 from experiments.study.edits.trials import TRIAL_SCHEMA, read_trials
 from experiments.study.folder import RunFolder
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
+from experiments.study.progress import progress
+from experiments.study.prompts_file import write_prompts
 from experiments.study.run import fill
 from experiments.study.thoughts import collect_means
 from experiments.sweep.analysis import analyse
@@ -145,6 +147,7 @@ def carry_out(plan: Plan, bench: Workbench, say: Callable[[str], None], executor
     with folder.open(plan.identity(), plan.record()) as known:
         began = time.time()
         say(plan.announcement(known))
+        write_prompts(folder, plan.split)
         missing = [part for part in parts(plan) if not folder.has_part(part.name, part.schema, part.rows)]
         todo = sum(part.rows or 0 for part in missing)
         with tqdm(total=plan.n_trials, initial=plan.n_trials - todo, unit="trial", unit_scale=True, **_bar()) as bar:
@@ -192,13 +195,12 @@ def _stored_means(folder: RunFolder, plan: Plan, space: Space, bench: Workbench,
 
 def conclude(folder: RunFolder, plan: Plan, say: Callable[[str], None]) -> None:
     """Statistics, figures, result.json and the printed summary of a finished trial table."""
-    analysis = analyse(read_trials(folder), Settings(seed=plan.grid.seed))
+    analysis = analyse(read_trials(folder), Settings(seed=plan.grid.seed), progress)
     write(analysis, folder.path)
     if plan.plots:
         from experiments.sweep.draw import draw
 
-        say("drawing the figures")
-        draw(analysis, folder.path)
+        draw(analysis, folder.path, bar=progress)
     print(report(analysis, folder.path))
 
 

@@ -20,6 +20,7 @@ from experiments.statistics.floors import best_places
 from experiments.statistics.power import power_words
 from experiments.statistics.words import p_number
 from experiments.study.edits.pairing import FAMILY
+from experiments.study.edits.words import hidden, together
 from experiments.study.result import Section
 from experiments.sweep.analysis import Analysis
 from lm.terms import PAIR_CONTROLS, PATCH_CONTROLS
@@ -128,7 +129,8 @@ def _family(analysis: Analysis, space: str, part: str, timing: str, shown: int) 
     base = controls[controls["control"] == "none"]
     prompts, clusters = int(base["n"].max()), int(base["n_clusters"].max())
     lines = [f"{_count(prompts, 'prompt')} in {_count(clusters, 'cluster')}. Accuracy in %, {level} intervals."]
-    lines += _hidden(_of(analysis.visibility, space, part, timing))
+    for text in hidden(_of(analysis.visibility, space, part, timing)):
+        lines += ["", f"**{text}**"]
     lines += ["", *_levels(controls, timing, level)]
     unique = cells[~cells["mirrored"].astype(bool)] if len(cells) else cells
     if unique.empty:
@@ -179,16 +181,6 @@ def _levels(controls: pd.DataFrame, timing: str, level: str) -> list[str]:
 def _level(row: pd.Series, control: str) -> str:
     lower, upper = ("accuracy_lower", "accuracy_upper") if control == "none" else ("draw_lower", "draw_upper")
     return f"{percent(row['accuracy'])} [{100 * row[lower]:.0f}, {100 * row[upper]:.0f}]"
-
-
-def _hidden(baselines: pd.DataFrame) -> list[str]:
-    """What floors and ceilings hide, before any number."""
-    lines = []
-    for text, alike in baselines[baselines["words"] != ""].groupby("words", sort=False) if len(baselines) else ():
-        latents = _listed(int(latent) for one in alike["latents"] for latent in one.split())
-        where = f"Latents {latents}: " if len(alike) < len(baselines) else ""
-        lines += ["", f"**{where}{text}**"]
-    return lines
 
 
 def _extremes(cells: pd.DataFrame, shown: int) -> list[str]:
@@ -251,7 +243,7 @@ def _survivors(cells: pd.DataFrame, evidence: pd.DataFrame, power: pd.DataFrame,
         f"**{_count(better, 'improvement')}, {_count(worse, 'harm')}** of {_count(len(cells), 'cell')}"
         f"{_different(gain, harm)}. {_nulls(gain, harm, alpha)}"
     )
-    lines.append("- All cells together: " + "; ".join(_together(row) for row in (harm, gain)) + ".")
+    lines.append("- All cells together: " + "; ".join(together(row) for row in (harm, gain)) + ".")
     if gain["least_p"] > alpha + 1e-12:
         words = power_words(power.iloc[0], alpha).rstrip(".")
         return [*lines, f"- **{words}.** That no cell survives says nothing about this run's edits."]
@@ -289,15 +281,6 @@ def _nulls(gain: pd.Series, harm: pd.Series, alpha: float) -> str:
         f"With random draws in the place of the directions ({gain['null_families']} such families) the same rule finds "
         f"an improvement in {gain['null_with_any']} (at most {gain['null_most']}) and a harm in "
         f"{harm['null_with_any']} (at most {harm['null_most']})."
-    )
-
-
-def _together(row: pd.Series) -> str:
-    place = "last" if row["tail"] == "harm" else "first"
-    return (
-        f"{row['last']} rank {place} among their draws, {row['last_expected']:.1f} expected, "
-        f"{row['last_families_lower']} to {row['last_families_upper']} in families of random draws, "
-        f"p {p_number(row['last_p'])}"
     )
 
 

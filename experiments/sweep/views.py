@@ -18,6 +18,7 @@ from experiments.figures.style import DIVERGING
 from experiments.statistics.clusters import Settings
 from experiments.study.edits.pairing import FAMILY
 from experiments.sweep.analysis import Analysis
+from experiments.sweep.options import Colours
 from experiments.sweep.summary import family_name, number
 
 __all__ = ["View", "captions", "pair_name", "views"]
@@ -45,6 +46,7 @@ class View:
     symmetry: pd.DataFrame
     settings: Settings
     notes: tuple[str, ...] = ()
+    colours: Colours = "shared"
 
     @property
     def title(self) -> str:
@@ -63,15 +65,22 @@ class View:
     def latents(self) -> list[int]:
         return sorted(int(latent) for latent in self.cells["latent"].unique())
 
-    @property
-    def limit(self) -> float:
-        """Half the range of the diverging colours: the 98th percentile of |difference|, at least 10 points."""
-        return max(0.1, float(np.ceil(20 * self.cells["difference"].abs().quantile(0.98)) / 20))
+    def limit(self, size: float | None = None) -> float:
+        """Half the range of the diverging colours, a fraction.
 
-    @property
-    def scale(self) -> Scale:
-        """Colours of differences, the same in every figure of the view."""
-        return Scale(-self.limit, self.limit, DIVERGING)
+        The half range that was asked for; or the 98th percentile of |difference|, at least 10 points, of the whole
+        view, or with colours "each" of the cells of one |c|, then at least 2 points.
+        """
+        if not isinstance(self.colours, str):
+            return self.colours / 100
+        each = self.colours == "each" and size is not None
+        cells, least = (self.at(size), 0.02) if each and size is not None else (self.cells, 0.1)
+        step = 100 if each else 20
+        return max(least, float(np.ceil(step * cells["difference"].abs().quantile(0.98)) / step))
+
+    def scale(self, size: float | None = None) -> Scale:
+        """Colours of differences: the same in every figure of the view, unless each |c| is to have its own."""
+        return Scale(-self.limit(size), self.limit(size), DIVERGING)
 
     def at(self, size: float) -> pd.DataFrame:
         """Ordered pairs at c = +size."""
@@ -99,8 +108,14 @@ class View:
         return " ".join(part for part in (text, who, how, what, when, *self.notes) if part)
 
 
-def views(analysis: Analysis, notes: Sequence[str] = ()) -> list[View]:
-    """One `View` per (space, part, timing) that has direction cells."""
+def views(analysis: Analysis, notes: Sequence[str] = (), colours: Colours = "shared") -> list[View]:
+    """One `View` per (space, part, timing) that has direction cells.
+
+    Args:
+        analysis: the tables.
+        notes: added to every caption.
+        colours: half range of the colours of differences in points; "shared": one for a view; "each": one for each |c|.
+    """
     found: list[View] = []
     if analysis.cells.empty:
         return found
@@ -111,7 +126,8 @@ def views(analysis: Analysis, notes: Sequence[str] = ()) -> list[View]:
             table: pd.DataFrame = getattr(analysis, name)
             here = (table["space"] == space) & (table["part"] == part) & (table["timing"] == timing)
             tables[name] = table[here].reset_index(drop=True)
-        found.append(View(space, part, timing, **tables, settings=analysis.settings, notes=tuple(notes)))
+        how = {"settings": analysis.settings, "notes": tuple(notes), "colours": colours}
+        found.append(View(space, part, timing, **tables, **how))  # type: ignore[arg-type]
     return found
 
 

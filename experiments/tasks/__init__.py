@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from experiments.tasks.answers import extract_answer, is_correct
+from experiments.tasks.answers import COMMON, Reading, extract_answer, is_correct
 from experiments.tasks.problem import Problem
 
 __all__ = [
+    "COMMON",
     "Problem",
+    "Reading",
     "STEPS_HELP",
     "TASK_NAMES",
     "check_split",

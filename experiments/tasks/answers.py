@@ -1,6 +1,6 @@
 """From decoded text to a number, and from number to right or wrong, under one of two rules.
 
-"grammar", the default: the number that experiments/tasks/numbers.py finds to be the answer, as in data-set fields.
+"common", the default: the number that experiments/tasks/numbers.py finds to be the answer, as in data-set fields.
 "published": the last number in the text, as the published CODI evaluation has it, but for two readings that differ from
 the published pattern (`-?\\d+\\.?\\d*` after dropping every comma): a comma is dropped only where it separates
 thousands, and a minus sign belongs to a number only where no digit, letter or bracket stands before it, so "10-7" ends
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral
@@ -25,11 +26,44 @@ from typing import get_args
 from experiments.tasks.numbers import OutOfRange, answer_in, as_number, read_number
 from lm.terms import AnswerRule
 
-__all__ = ["extract_answer", "field_number", "is_correct", "numbers_in", "parse_number", "written_numbers"]
+__all__ = [
+    "COMMON", "Reading", "extract_answer", "field_number", "is_correct", "numbers_in", "parse_number",
+    "written_numbers",
+]  # fmt: skip
 
 _NUMBER = re.compile(r"(?:(?<![\w.)\]])[-\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 TOLERANCE = 1e-9
 """Relative: for rounding in sums such as 0.1 + 0.2, not for answers that are nearly right."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the answer to a problem is read from a text; the two are given together wherever answers are judged.
+
+    Attributes:
+        rule: see this module.
+        decimal_comma: of "common": "3,5" is 3.5, and "1.234" is 1234.
+    """
+
+    rule: AnswerRule = "common"
+    decimal_comma: bool = False
+
+    def number(self, text: str) -> float | None:
+        """`extract_answer` by this reading."""
+        return extract_answer(text, self.rule, self.decimal_comma)
+
+    def agrees(self, text: str, answer: int | float) -> bool:
+        """`is_correct` by this reading."""
+        return is_correct(text, answer, self.rule, self.decimal_comma)
+
+    def record(self) -> dict[str, str | bool]:
+        """For a manifest: only what is not the default."""
+        found: dict[str, str | bool] = {} if self.rule == "common" else {"answers": self.rule}
+        return found | ({"decimal_comma": True} if self.decimal_comma else {})
+
+
+COMMON = Reading()
+"""The default."""
 
 
 def written_numbers(text: str) -> list[str]:
@@ -42,13 +76,13 @@ def numbers_in(text: str) -> list[float]:
     return [float(number) for number in written_numbers(text)]
 
 
-def extract_answer(text: str, rule: AnswerRule = "grammar", decimal_comma: bool = False) -> float | None:
+def extract_answer(text: str, rule: AnswerRule = "common", decimal_comma: bool = False) -> float | None:
     """The number that the text gives as its answer.
 
     Args:
         text: decoded answer.
         rule: see this module.
-        decimal_comma: of "grammar": read "3,5" as 3.5.
+        decimal_comma: of "common": read "3,5" as 3.5.
 
     Returns:
         The answer, or None where there is no number (or where it is too large for a float).
@@ -68,7 +102,7 @@ def extract_answer(text: str, rule: AnswerRule = "grammar", decimal_comma: bool 
         return None
 
 
-def is_correct(text: str, answer: int | float, rule: AnswerRule = "grammar", decimal_comma: bool = False) -> bool:
+def is_correct(text: str, answer: int | float, rule: AnswerRule = "common", decimal_comma: bool = False) -> bool:
     """Whether the text gives the answer; text without a number is wrong.
 
     Whole numbers are compared exactly, whatever their size; others to TOLERANCE. The published rule compares floats.

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lm.terms import TextForm
 
@@ -99,6 +99,17 @@ class ItemSplits:
             found[name] = items_digest(items)
             found[f"{name}_items"] = len(items)
         return found
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per item."""
+        return [
+            {
+                "side": side, "id": i.prompt_id, "task": i.task, "question": i.question, "answer": i.answer,
+                "steps": list(i.chain), "cluster": i.cluster,
+            }
+            for side, items in self.parts.items()
+            for i in items
+        ]  # fmt: skip
 
     def about(self) -> str:
         """Sizes in words."""

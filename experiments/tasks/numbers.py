@@ -7,6 +7,7 @@ r"""The number grammar: what counts as a number in a data-set field and in the t
     1/2  2 1/2  ½  2½  \frac{1}{2}  2\frac12    0.5, 2.5: one number
     12%  12 pens  5 m^2  12 H2O                 12, 12, 5, 12: signs and units are left out, and so are their digits
     3,5                                         two numbers in a text, refused in a field; 3.5 with `decimal_comma`
+    3.5  1.234                                  with `decimal_comma` in a text 3.5 (its point groups nothing), 1234
 
 The answer in a text is the last number, unless a \boxed{…} or a "#### n" says which one it is. A field holds one number
 with nothing around it but a currency, a percent sign or one unit.
@@ -91,19 +92,24 @@ class Number:
 
 
 class _Notation:
-    """Patterns of one notation: decimal points (1,234.5) or decimal commas (1.234,5)."""
+    """Patterns of one notation: decimal points (1,234.5) or decimal commas (1.234,5).
+
+    Where commas are decimal a point is too if it cannot separate thousands: 3.5, 0.125, 1234.567.
+    """
 
     def __init__(self, decimal_comma: bool) -> None:
-        self.point = "," if decimal_comma else "."
-        point, group = (r"(?:,|\{,\})", r"\.") if decimal_comma else (r"\.", r"\{,\}|,\\!|,")
+        self.points = ",." if decimal_comma else "."
+        comma = r"(?:,|\{,\})"
+        point, group = (rf"(?(group){comma}|(?:{comma}|\.))", r"\.") if decimal_comma else (r"\.", r"\{,\}|,\\!|,")
         groups = rf"{group}|\\,|[\u00a0\u202f\u2009'\u2019_]"
         grouped = rf"[1-9]\d{{0,2}}(?P<group>{groups})\d{{3}}(?:(?P=group)\d{{3}})*(?!\d)"
-        self.plain = re.compile(rf"(?P<whole>{grouped}|\d+)(?:{point}(?P<decimals>\d+))?|[{self.point}](?P<only>\d+)")
-        self.start = re.compile(rf"\d|(?<!\d)[{self.point}]\d|\\[dtc]?frac(?![A-Za-z])|[{_VULGAR}]")
+        self.plain = re.compile(rf"(?P<whole>{grouped}|\d+)(?:{point}(?P<decimals>\d+))?|[{self.points}](?P<only>\d+)")
+        self.start = re.compile(rf"\d|(?<!\d)[{self.points}]\d|\\[dtc]?frac(?![A-Za-z])|[{_VULGAR}]")
 
 
 _POINTS, _COMMAS = _Notation(False), _Notation(True)
 _ATTACHED = re.compile(r"\d+(?:[.,]\d+)*")
+_POINT_AS_DECIMAL = re.compile(r"\d*\.(?!\d{3}(?!\d))\d+|(?<!\d)0\.\d+|\d{4,}\.\d+|(?<!\d)\.\d+")
 _NEITHER_GROUP_NOR_POINT = re.compile(r"(?<![\d.,])\d+(?:\.\d{3})*,\d+(?![\d,])")
 
 
@@ -119,7 +125,7 @@ def find_numbers(text: str, decimal_comma: bool = False) -> list[Number]:
     place = 0
     while match := notation.start.search(text, place):
         begin = match.start()
-        if match[0][0] == notation.point and begin and (text[begin - 1] == "." or _is_letter(text[begin - 1])):
+        if match[0][0] in notation.points and begin and (text[begin - 1] == "." or _is_letter(text[begin - 1])):
             begin += 1  # "Rs.5", "approx.5", "...5": the point belongs to what stands before
         if text[begin].isdecimal() and _is_attached(text, begin):
             attached = _ATTACHED.match(text, begin)
@@ -184,6 +190,8 @@ def read_number(text: str, decimal_comma: bool = False) -> Fraction:
             f"{shown(comma)} has a decimal comma or a group that is not three digits: write {written[:40]}, "
             "or say that commas are decimal (decimal_comma)"
         )
+    if decimal_comma and (point := _POINT_AS_DECIMAL.search(field)):
+        raise ValueError(f"{shown(point[0])} has a decimal point where commas are decimal: write it with a comma")
     if len(numbers) > 1:
         raise ValueError(f"there are {len(numbers)} numbers in it")
     number = numbers[0]
@@ -232,7 +240,7 @@ def _unsigned(text: str, begin: int, notation: _Notation) -> tuple[Fraction | No
     """Value and end of the number that begins here; None where it is none."""
     if text[begin] == "\\":
         return _command(text, begin, notation)
-    if not text[begin].isdecimal() and text[begin] != notation.point:
+    if not text[begin].isdecimal() and text[begin] not in notation.points:
         return _vulgar(text[begin]), begin + 1
     plain = notation.plain.match(text, begin)
     if plain is None:

@@ -5,7 +5,9 @@ Knows nothing about where problems come from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from experiments.tasks.answers import COMMON, Reading
 
 __all__ = ["Problem"]
 
@@ -25,6 +27,7 @@ class Problem:
         operation: "addition", "subtraction", "add+bring", …; empty if unknown.
         numbers: the numbers in the question, in order; empty if unknown.
         intermediates: value of each step in order; empty if unknown.
+        reading: how an answer to it is read from a text.
     """
 
     prompt_id: str
@@ -36,8 +39,13 @@ class Problem:
     operation: str = ""
     numbers: tuple[int, ...] = ()
     intermediates: tuple[int | float, ...] = ()
+    reading: Reading = field(default=COMMON, compare=False, repr=False)
 
     @property
     def chain(self) -> str:
         """Written chain of thought, "<<7+5=12>><<12*3=36>>"; empty if the steps are unknown."""
         return "".join(f"<<{step}>>" for step in self.steps)
+
+    def is_answered_by(self, text: str) -> bool:
+        """Whether a text gives the answer."""
+        return self.reading.agrees(text, self.answer)

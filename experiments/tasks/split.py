@@ -11,8 +11,9 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
-from experiments.tasks import TASK_NAMES, Problem, load_task, split_by_cluster
+from experiments.tasks import COMMON, TASK_NAMES, Problem, Reading, load_task, split_by_cluster
 
 __all__ = ["Split", "check_disjoint", "digest", "load_split"]
 
@@ -24,6 +25,15 @@ class Split:
     derivation: tuple[Problem, ...]
     evaluation: tuple[Problem, ...]
 
+    def read_by(self, reading: Reading) -> Self:
+        """The same prompts, whose answers are read from texts in this way."""
+        if reading == COMMON:
+            return self
+        derivation, evaluation = (
+            tuple(replace(problem, reading=reading) for problem in side) for side in (self.derivation, self.evaluation)
+        )
+        return replace(self, derivation=derivation, evaluation=evaluation)
+
     def record(self) -> dict[str, str | int]:
         """Hashes and sizes, for the manifest."""
         return {
@@ -33,6 +43,17 @@ class Split:
             "evaluation_prompts": len(self.evaluation),
             "evaluation_clusters": len({problem.cluster for problem in self.evaluation}),
         }
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON record per prompt, evaluation prompts first."""
+        return [
+            {
+                "side": side, "id": p.prompt_id, "question": p.question, "answer": p.answer, "steps": list(p.steps),
+                "cluster": p.cluster,
+            }
+            for side, problems in (("evaluation", self.evaluation), ("derivation", self.derivation))
+            for p in problems
+        ]  # fmt: skip
 
     def about(self) -> str:
         """Sizes in words; "" where nothing is asked."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from codi.model import CodiModel
-from experiments.tasks import arithmetic, load_task
+from experiments.tasks import STEPS_HELP, Reading, arithmetic, load_task
 from experiments.tasks.problem import Problem
 from experiments.train.options import ENDLESS, Resolved
 from lm.errors import UserError
@@ -40,15 +40,15 @@ def load_data(config: Resolved, model: CodiModel) -> tuple[list[Problem] | None,
     """Training problems (None: the endless generator), held-out problems and the number of distillation steps."""
     if config.data == ENDLESS:
         return None, arithmetic.generate(config.eval_problems, seed=1, split="test", min_steps=3), config.steps
-    problems = [
-        p
-        for p in load_task(config.data, split="train", seed=config.seed, suffix=model.protocol.question_suffix)
-        if p.steps
-    ]
+    reading = Reading(config.answers, config.decimal_comma)
+    suffix = model.protocol.question_suffix
+    loaded = load_task(config.data, "train", None, config.seed, suffix, decimal_comma=config.decimal_comma)
+    problems = [replace(problem, reading=reading) for problem in loaded if problem.steps]
     if len(problems) <= config.eval_problems + config.batch_size:
         raise UserError(
             f"{config.data} has {len(problems)} problems with written chains, "
             f"{config.eval_problems + config.batch_size + 1} are needed (see --eval-problems, --batch-size)"
+            + ("" if problems else f"; {STEPS_HELP}")
         )
     random.Random(config.seed).shuffle(problems)
     held_out, problems = problems[: config.eval_problems], problems[config.eval_problems :]

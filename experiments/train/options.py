@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from experiments.study.manifest import check_out, command_of, differences, read_manifest, refuse_other
-from experiments.study.options import RunOptions, identity_of
+from experiments.study.options import JudgingOptions, RunOptions, identity_of
 from lm.errors import UserError
 
 __all__ = ["ENDLESS", "PRESETS", "Resolved", "TrainOptions", "check_folder", "micro_batch_of", "resolve"]
@@ -42,14 +42,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TrainOptions(RunOptions):
+class TrainOptions(JudgingOptions, RunOptions):
     """Train a CODI model."""
 
     COMMAND: ClassVar[str] = "train"
     AT_LEAST: ClassVar[Mapping[str, float]] = {"teacher_steps": 0, "steps": 1, "epochs": 0, "micro_batch": 1}
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"device", "preset", "save_every", "eval_every", "eval_problems"}
+        {"device", "preset", "save_every", "eval_every", "eval_problems", "answers"}
     )
+    LATER: ClassVar[frozenset[str]] = frozenset({"decimal_comma"})
     IDENTITY: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     out: Path = Path("runs/train")
@@ -60,6 +61,8 @@ class TrainOptions(RunOptions):
     """Base model: folder or hub id; empty: a small Llama from scratch."""
     data: str = "arithmetic"
     """Training problems with written chains: "arithmetic" (endless), or a file or hub id that `codi eval` reads."""
+    decimal_comma: bool = False
+    """Commas are decimal in the answers and steps of the data: 3,5 is 3.5, and 1.234 is 1234."""
     protocol: Literal["answer-only", "original", "original-eos"] = "answer-only"
     """Token order and answer style."""
     n_latents: int = 6

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from codi.model import CodiModel
 from codi.training import DistillationLoss, collate, cosine_schedule
 from experiments.study.steps import StepLog, load_state, save_state
-from experiments.tasks import is_correct
 from experiments.tasks.problem import Problem
 from experiments.train.data import micro_batches, problems_of_step, text_of
 from experiments.train.options import Resolved, micro_batch_of
@@ -120,6 +119,6 @@ def _accuracies(model: CodiModel, held_out: Sequence[Problem], stage: str) -> st
     words = []
     for name, options in modes:
         texts = model.answer([p.question for p in held_out], **options)
-        right = sum(is_correct(text, p.answer) for text, p in zip(texts, held_out, strict=True))
+        right = sum(p.is_answered_by(text) for text, p in zip(texts, held_out, strict=True))
         words.append(f"{name} {right / len(held_out):.3f}")
     return ", ".join(words) + f" (n = {len(held_out)})"

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from experiments.tasks import Problem, templates
+from experiments.tasks import STEPS_HELP, Problem, templates
 from experiments.tasks.split import Split
 
-__all__ = ["Key", "check_form", "counterpart", "factor_of", "key_of", "operation_donors", "predictions"]
+__all__ = ["Key", "check_form", "counterpart", "factor_of", "has_form", "key_of", "operation_donors", "predictions"]
 
 Key = tuple[float, int]
 
@@ -25,11 +25,21 @@ def check_form(prompts: Split) -> None:
         ValueError: the first that is not (X±Y)·Z + (X±Y).
     """
     for problem in (*prompts.evaluation, *prompts.derivation):
-        if len(problem.numbers) != 3 or len(problem.intermediates) != 3:
+        if not has_form(problem):
+            steps = ", ".join(problem.steps) or "none that are known"
             raise ValueError(
                 f"patching needs prompts of the form (X±Y)·Z + (X±Y), as in the task 'templates' or prompts.json; "
-                f"{problem.prompt_id!r} has {len(problem.numbers)} numbers and {len(problem.intermediates)} steps"
+                f"{problem.prompt_id!r} has the numbers {', '.join(map(str, problem.numbers)) or '(none)'} and the "
+                f"steps {steps}. With prompts of this form {STEPS_HELP}"
             )
+
+
+def has_form(problem: Problem) -> bool:
+    """Whether a problem is (X±Y)·Z + (X±Y): three numbers, and three known steps in which Z multiplies the first."""
+    if len(problem.numbers) != 3 or len(problem.intermediates) != 3:
+        return False
+    first, second, last = problem.intermediates
+    return second == first * problem.numbers[2] and last == first + second
 
 
 def factor_of(problem: Problem) -> int:

@@ -1,7 +1,9 @@
 """The published claims that components and the small grid can judge: S4, S5, S7 and S8.
 
 Three families, each corrected within itself: the cells of one space (does the best one gain?), means over prompts of
-the grid, and the leads of even against odd. A claim that something is not there is judged against a stated size.
+the grid, and the leads of even against odd. A claim that something is not there is judged against a stated size. Where
+the draws are too few for a verdict on any cell, as by default, the claim that some cells beat the random directions is
+judged for all of them together.
 
 Knows nothing about models or how the trials came about.
 """
@@ -22,7 +24,8 @@ from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import row_of
 from experiments.statistics.equivalence import Judgement, family_level, judge_absence, judge_presence
 from experiments.statistics.families import family_intervals
-from experiments.study.claims import Claim, ClaimsTable, effect_claim
+from experiments.study.claims import Claim, ClaimsTable, Verdict, effect_claim
+from experiments.study.edits.words import singles, together
 from experiments.study.verdicts import Question, judged_together, no_room
 
 __all__ = ["NEAR", "PUBLISHED_CELLS", "SEPARATED", "claims_of"]
@@ -49,8 +52,9 @@ def claims_of(plan: Plan, tables: Mapping[str, pd.DataFrame], rates: pd.DataFram
     """
     early = rates[(rates["timing"] == "early-exit") & (rates["control"] == "direction")]
     return ClaimsTable([
-        _never_better(tables["cells"], early, plan.settings),
-        _some_better(tables["cells"], early, plan.settings),
+        _never_better(tables, early, plan.settings),
+        _some_better(tables, early, plan.settings),
+        _better_together(tables["evidence"], rates, plan.settings),
         *_means_over_prompts(plan, rates),
         *_even_and_odd(plan, tables),
         _end_of_thought(tables["token_alignment"]),
@@ -60,8 +64,8 @@ def claims_of(plan: Plan, tables: Mapping[str, pd.DataFrame], rates: pd.DataFram
 # --- The best cell of a space -----------------------------------------------------------------------------------------
 
 
-def _never_better(cells: pd.DataFrame, early: pd.DataFrame, settings: Settings) -> Claim:
-    best, lowest, note = _best_cell(cells, early, "embedding", settings)
+def _never_better(tables: Mapping[str, pd.DataFrame], early: pd.DataFrame, settings: Settings) -> Claim:
+    best, lowest, note = _best_cell(tables, early, "embedding", settings)
     blocked = no_room(lowest, "above", MARGIN)
     family = int(best["cells"])
     verdict = judge_absence(best["lower"], best["upper"], MARGIN, side="above", family=family)
@@ -79,12 +83,15 @@ def _never_better(cells: pd.DataFrame, early: pd.DataFrame, settings: Settings) 
     )
 
 
-def _some_better(cells: pd.DataFrame, early: pd.DataFrame, settings: Settings) -> Claim:
+def _some_better(tables: Mapping[str, pd.DataFrame], early: pd.DataFrame, settings: Settings) -> Claim:
     """Held by a cell that is better than baseline and random directions; not held if no cell can gain anything."""
-    best, lowest, note = _best_cell(cells, early, "kv", settings)
+    best, lowest, note = _best_cell(tables, early, "kv", settings)
+    cells = tables["cells"]
     number = int(((cells["space"] == "kv") & (cells["verdict"] == "improvement")).sum())
     family = int(best["cells"])
     lower, upper = float(best["lower"]), float(best["upper"])
+    if few := singles(_gains(tables["evidence"], "kv"), settings.alpha):
+        note = f"{few}: only that no cell gains could be said here, the rest is judged in S5 (together); {note}"
     if blocked := no_room(lowest, "above", MARGIN):
         verdict = Judgement("not testable", blocked, lower, upper, MARGIN, family)
     elif number:
@@ -106,11 +113,35 @@ def _some_better(cells: pd.DataFrame, early: pd.DataFrame, settings: Settings) -
     )
 
 
+def _better_together(evidence: pd.DataFrame, rates: pd.DataFrame, settings: Settings) -> Claim:
+    """The aggregate over all KV cells, which few draws allow. What it does not find is not thereby absent."""
+    row = _gains(evidence, "kv")
+    asked = rates[["prompt_id", "cluster"]].drop_duplicates()
+    reach = 1 / (1 + int(row["draws"]))
+    verdict: Verdict = "held" if row["last_p"] <= settings.alpha else "undecided"
+    return Claim(
+        "S5 (together)",
+        "more KV directions than chance beat random directions",
+        f"share of cells that rank first among their random directions, minus what is expected; held if p ≤ "
+        f"{settings.alpha:g}",
+        verdict,
+        (float(row["last"]) - float(row["last_expected"])) / int(row["cells"]),
+        n=len(asked),
+        n_clusters=asked["cluster"].nunique(),
+        note=f"{together(row)} (the smallest p that {row['draws']} draws shared by all pairs allow is {reach:.2g})",
+    )
+
+
+def _gains(evidence: pd.DataFrame, space: str) -> Mapping[str, Any]:
+    return row_of(evidence, {"space": space, "tail": "gain"})
+
+
 def _best_cell(
-    cells: pd.DataFrame, early: pd.DataFrame, space: str, settings: Settings
+    tables: Mapping[str, pd.DataFrame], early: pd.DataFrame, space: str, settings: Settings
 ) -> tuple[dict[str, Any], float, str]:
     """The largest gain over the cells of a space with an interval by those of all of them together, the lowest
     unsteered accuracy of any exit, and a note."""
+    cells = tables["cells"]
     part = cells[cells["space"] == space]
     wide = early[early["space"] == space].pivot_table(
         index=["prompt_id", "cluster"], columns=["source", "target", "coefficient", "latent"], values="gain"
@@ -119,10 +150,15 @@ def _best_cell(
     table = family_intervals(wide.to_numpy(float), clusters, [(-1.0, 1.0)] * wide.shape[1], settings)
     best: dict[str, Any] = {str(name): value for name, value in table.iloc[table["estimate"].argmax()].items()}
     best |= {"lower": table["lower"].max(), "upper": table["upper"].max(), "cells": len(table)}
-    number = int((part["verdict"] == "improvement").sum())
+    number, better = int((part["verdict"] == "improvement").sum()), int((part["gain_q"] <= settings.alpha).sum())
+    above = (
+        f"{better} of {len(part)} cells are above the baseline alone (q ≤ {settings.alpha:g})"
+        if singles(_gains(tables["evidence"], space), settings.alpha)
+        else f"{number} of {len(part)} cells are improvements after correction"
+    )
     note = (
-        f"{number} of {len(part)} cells are improvements after correction; best unsteered accuracy "
-        f"{part['baseline'].max():.2f}; the interval is that of the largest gain of any cell"
+        f"{above}; best unsteered accuracy {part['baseline'].max():.2f}; the interval is that of the largest gain of "
+        "any cell"
     )
     return best, float(part["baseline"].min()), note
 
@@ -243,5 +279,6 @@ def _end_of_thought(tokens: pd.DataFrame) -> Claim:
         "held" if abs(first["cosine"]) > 0.5 and first["p"] <= 0.01 else "not held",
         float(first["cosine"]),
         n=int(first["tokens"]),
-        note=f"rank {first['rank']} of {first['tokens']} tokens by |cosine|",
+        note=f"rank {first['rank']} of {first['tokens']} tokens by |cosine|; of one component, without an interval "
+        "(codi alternation judges the same with one)",
     )

@@ -6,6 +6,7 @@ that of `codi sweep`. Knows nothing about files or claims.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -55,9 +56,11 @@ def grid_trials(bench: Workbench, *, draws: int, max_new_tokens: int | None, see
             seed=seed,
         )
         table = edit_table(directions(grid, space, means), model.device)
-        for start in range(0, len(problems), _AT_ONCE):
-            part = EditPart(grid, space, "both", timing, problems[start : start + _AT_ONCE], tokens)
-            frames.append(pd.DataFrame(run_part(model, table, part, bench.advance)))
+        whole = EditPart(grid, space, "both", timing, problems, tokens)
+        with bench.bar(whole.rows, "answer", f"edits ({space}, {timing}, from latent {latents[0]})") as advance:
+            for start in range(0, len(problems), _AT_ONCE):
+                part = dataclasses.replace(whole, problems=problems[start : start + _AT_ONCE])
+                frames.append(pd.DataFrame(run_part(model, table, part, advance)))
     return pd.concat(frames, ignore_index=True)
 
 

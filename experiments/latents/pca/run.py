@@ -4,7 +4,9 @@ components   principal components over the latents of derivation prompts: share 
              end-of-thought embedding and with the steering directions A−B (components.py); how well the first two tell
              even from odd latents on the evaluation prompts, beside every other way to divide the latents (parity.py).
 along        steering along the components against random directions of the same norm (along.py).
-grid         the steering of the published study, small, random directions of the same norms beside it (grid.py).
+grid         the steering of the published study, small, random directions of the same norms beside it (grid.py). The
+             draws are shared by all pairs: enough for means and for all cells of a space together, too few for a
+             verdict on any one cell (570 would do), which summary and claims say.
 where        one edit followed through the model: why does KV steering act where embedding steering does not (where.py)?
 
 Attention to the edited slot is measured only if the model was loaded with attention "eager", as the command does.
@@ -27,6 +29,8 @@ from experiments.latents.pca.summary import words
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import Selector, compare, levels
 from experiments.study.edits.cells import cell_statistics
+from experiments.study.edits.pairing import families, named
+from experiments.study.edits.verdicts import judge_cells
 from experiments.study.parts import Part
 from experiments.study.run import Findings, Study, Trials
 
@@ -62,9 +66,21 @@ def tables_of(plan: Plan, trials: Trials, rates: pd.DataFrame) -> dict[str, pd.D
     found["parity"] = parity_table(trials["scores"], plan.n_latents, plan.settings)
     found |= _along_tables(trials["along"], plan.settings)
     steered = trials["grid"]
-    found["cells"] = cell_statistics(steered[steered["timing"] == "early-exit"], plan.settings, mirrored=False)
+    found |= _cell_tables(steered[steered["timing"] == "early-exit"], plan.settings)
     found |= _grid_tables(rates, plan.settings)
     return found | _where_tables(trials["where"], plan)
+
+
+def _cell_tables(trials: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:
+    """Tables cells (one row per edit), evidence (all cells of a space together, and what the draws allow) and
+    visibility (what floors and ceilings of the unsteered exits hide)."""
+    spaces = families(trials)
+    judged = [judge_cells(family, settings) for family in spaces]
+    return {
+        "cells": cell_statistics(spaces, settings, mirrored=False, verdicts=judged),
+        "evidence": named(spaces, [pd.DataFrame(one.evidence) for one in judged]),
+        "visibility": named(spaces, [pd.DataFrame(one.visibility) for one in judged]),
+    }
 
 
 def _along_tables(trials: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:

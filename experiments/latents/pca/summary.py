@@ -12,6 +12,7 @@ from experiments.latents.pca.plan import Plan
 from experiments.latents.pca.where import KINDS
 from experiments.statistics.effects import Selector, row_of
 from experiments.statistics.words import interval, p_text
+from experiments.study.edits.words import singles, together
 from experiments.study.result import Section
 
 __all__ = ["intervals", "words"]
@@ -27,7 +28,7 @@ def words(plan: Plan, tables: Tables) -> list[Section]:
         Section(_alignment_words(tables["alignment"]), "Steering directions"),
         Section(_parity_words(tables["parity"]), "Even and odd"),
         Section(_along_words(tables), "Along components"),
-        Section(_cell_words(tables["cells"]), "Grid"),
+        Section(_cell_words(plan, tables), "Grid"),
         Section(_where_words(plan, tables), "Where an edit goes"),
     ]
 
@@ -105,13 +106,46 @@ def _along_words(tables: Tables) -> str:
     return f"Early exit: {'; '.join(found)}."
 
 
-def _cell_words(cells: pd.DataFrame) -> str:
-    counts = [
-        f"{edited}: {int((part['verdict'] == 'improvement').sum())} better, {int((part['verdict'] == 'harm').sum())} "
-        f"worse of {len(part)} cells"
-        for edited, part in cells.groupby("space")
+def _cell_words(plan: Plan, tables: Tables) -> str:
+    """What the grid says of single cells, if its draws allow that, and of all cells of a space together."""
+    evidence, cells, alpha = tables["evidence"], tables["cells"], plan.settings.alpha
+    first = evidence.iloc[0]
+    sentences = _exits(tables["visibility"])
+    if few := singles(first, alpha):
+        sentences.append(f"**{few[0].upper()}{few[1:]}.** That none stands out says nothing about the edits.")
+    else:
+        counts = [
+            f"{space}: {int((part['verdict'] == 'improvement').sum())} improvements, "
+            f"{int((part['verdict'] == 'harm').sum())} harms of {len(part)} cells"
+            for space, part in cells.groupby("space", sort=False)
+        ]
+        sentences.append(f"Beyond baseline and random directions, family-wise {alpha:g}: {'; '.join(counts)}.")
+    lines = [
+        f"Early exit: {first['cells']} cells (pair, c and latent) in every space, {first['draws']} random directions. "
+        + " ".join(sentences),
+        "",
+        "All cells of a space together, against random directions in the place of A−B:",
+        "",
     ]
-    return f"Early exit; against baseline and random directions, corrected: {'; '.join(counts)}."
+    for space, part in evidence.groupby("space", sort=False):
+        rows = [row_of(part, {"tail": tail}) for tail in ("harm", "gain")]
+        lines.append(f"- {space}: {'; '.join(together(row) for row in rows)}")
+    return "\n".join(lines)
+
+
+def _exits(visibility: pd.DataFrame) -> list[str]:
+    """At which exits an edit has no room; the unsteered exits are the same in every space."""
+    exits = visibility[visibility["space"] == visibility["space"].iloc[0]]
+    sentences = []
+    for tail, word, state in (("harm", "harm", "right"), ("gain", "improvement", "wrong")):
+        full = exits[~exits[tail].astype(bool)]
+        if len(full):
+            most = f"{full[f'{tail}_clusters'].max()} of {full['n_clusters'].max()} clusters"
+            sentences.append(
+                f"Without the edit at most {most} hold an answer that is {state} at exit {', '.join(full['latents'])}: "
+                f"no cell could show {'a' if tail == 'harm' else 'an'} {word} there, whatever the draws."
+            )
+    return sentences
 
 
 # --- Where an edit goes -----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import pandas as pd
 from experiments.statistics.clusters import Settings
 from lm.terms import TRIAL_CONTROLS
 
-__all__ = ["FAMILY", "TRIAL_COLUMNS", "Family", "as_families", "families", "mirror"]
+__all__ = ["FAMILY", "TRIAL_COLUMNS", "Family", "as_families", "families", "mirror", "named"]
 
 #: columns of the trial table that the statistics read (the table has more: text, prediction, ...)
 TRIAL_COLUMNS = (
@@ -318,3 +318,13 @@ def _matching_baseline(conditions: pd.DataFrame, base_keys: pd.DataFrame, where:
 def as_families(trials: pd.DataFrame | Sequence[Family]) -> Sequence[Family]:
     """The families of a trial table, or the families that are given."""
     return families(trials) if isinstance(trials, pd.DataFrame) else trials
+
+
+def named(paired: Sequence[Family], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of all families in one, with the columns that name the family first."""
+    kept = [
+        pd.concat([pd.DataFrame([family.name] * len(table)), table], axis=1)
+        for family, table in zip(paired, tables, strict=True)
+        if len(table)
+    ]
+    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()

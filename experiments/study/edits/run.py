@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.study.answers import judged
+from experiments.study.answers import judged, reading_of
 from experiments.study.edits.grid import Condition, Grid, conditions
 from experiments.study.edits.trials import TRIAL_SCHEMA
 from experiments.study.thoughts import rollouts
@@ -105,7 +105,7 @@ def run_part(
             block: dict[str, Any] = {
                 "first_token": answers.first_token.numpy(),
                 "applied_norm": answers.applied_norm.numpy(),
-                **judged(answers.texts, np.repeat([problem.answer for problem in members], len(group))),
+                **judged(answers.texts, np.repeat([p.answer for p in members], len(group)), reading_of(members)),
             }
             for name in ("source", "target", "coefficient", "control", "draw", "latent", "n_latents"):
                 block[name] = np.tile(np.array([getattr(condition, name) for condition in group]), len(members))
