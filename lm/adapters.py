@@ -80,7 +80,7 @@ def save_adapter(adapted: Any, folder: Path, *, base: str, base_hash: str, form:
     named = os.path.relpath(Path(base).expanduser(), folder) if Path(base).expanduser().is_dir() else base
     config.base_model_name_or_path, config.inference_mode = named, True
     config.save_pretrained(str(folder))
-    weights = get_peft_model_state_dict(adapted)
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     kept = {name: weight.detach().to(torch.bfloat16).cpu().contiguous() for name, weight in weights.items()}
     save_file(kept, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     record = {"form": form, "base": {"name": Path(base).name, "weights_hash": base_hash}}

@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.tasks.reasoner import MIXTURE, Sample, stream
+from experiments.tasks.reasoner import MIXTURE, Mode, Sample, stream
 from experiments.tune.options import TuneOptions
 
 __all__ = ["Batch", "batches", "collate", "completion_loss", "samples_of_step"]
 
 ONTOLOGIES = {task: weight for task, weight in MIXTURE.items() if task.startswith("ontology")}
+"""Tasks that have demonstrations before them, with their weights."""
 
+LATE_MIXTURE = {
+    "ontology-1": 0.5, "ontology-2": 1.0, "ontology-3": 2.0, "babi-15": 0.5, "babi-16": 2.0, "arithmetic": 4.0,
+}  # fmt: skip
+"""Relative frequency of each task after three eighths of the steps: what is learned last comes more often."""
+LATE_MODES: dict[Mode, float] = {"steps": 3.0, "direct": 1.0, "neutral": 1.0}
 SLACK = 1.5
 """A single long text would otherwise pad all that are computed with it."""
 
@@ -50,7 +56,8 @@ def samples_of_step(options: TuneOptions, step: int) -> list[Sample]:
     """The samples of one step: a pure function of its arguments."""
     seed = f"{options.seed}-{step}"
     rng = random.Random(f"tune-{seed}")
-    plain = stream(seed)
+    late = step >= options.steps * 3 // 8
+    plain = stream(seed, mixture=LATE_MIXTURE, modes=LATE_MODES) if late else stream(seed)
     shown = stream(f"{seed}-shown", mixture=ONTOLOGIES, modes={"steps": 1.0}, demonstrations=options.demonstrations)
     return [next(shown if rng.random() < options.demonstrated else plain) for _ in range(options.batch_size)]
 
