@@ -57,12 +57,15 @@ def test_samples_of_a_step_depend_on_seed_and_step_alone(options: TuneOptions) -
     many = dataclasses.replace(options, batch_size=400, demonstrated=0.25, demonstrations=2)
     shown = [sample for sample in samples_of_step(many, 0) if sample.prompt.count("### Input") > 1]
     assert 30 < len(shown) < 110 and all(sample.mode == "steps" for sample in shown)
-    none = dataclasses.replace(many, demonstrated=0.0)
+    none = dataclasses.replace(many, demonstrated=0.0, steps=16)
     assert not any(sample.prompt.count("### Input") > 1 for sample in samples_of_step(none, 0))
+    early, late = (samples_of_step(none, step) for step in (5, 6))  # three eighths of 16 steps
+    rare = [sum(sample.task == "babi-16" for sample in some) for some in (early, late)]
+    assert 20 < rare[0] < 60 < rare[1] < 110
 
 
 def test_only_the_completion_is_learned(language_model: Callable[..., LanguageModel]) -> None:
-    """The loss is that of the completion's tokens and the end, and no token of the prompt has any weight as a target."""
+    """The loss is that of the completion's tokens and the end; no token of the prompt is a target."""
     model = language_model()
     samples = generate(3, 0, "train", "ontology-1")
     batch = collate(model.tokenizer, samples)
@@ -87,8 +90,9 @@ def test_batches_hold_every_sample_once_and_texts_of_similar_length(
     parts = list(batches(model.tokenizer, samples, 8))
     ends = [row for part in parts for row in part.rows.unique().tolist()]
     assert len(ends) == 40 and max(len(part.input_ids) for part in parts) <= 8
-    whole = sum(float(completion_loss(model.base, part)) for part in parts)
-    assert whole == pytest.approx(float(completion_loss(model.base, collate(model.tokenizer, samples))), rel=1e-4)
+    with torch.no_grad():
+        whole = sum(float(completion_loss(model.base, part)) for part in parts)
+        assert whole == pytest.approx(float(completion_loss(model.base, collate(model.tokenizer, samples))), rel=1e-4)
     for part in parts:
         lengths = [int(part.columns[part.rows == row].max()) + 2 for row in range(len(part.input_ids))]
         assert max(lengths) <= SLACK * min(lengths)
@@ -99,7 +103,8 @@ def test_batches_hold_every_sample_once_and_texts_of_similar_length(
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls(options: TuneOptions) -> None:
+def test_the_loss_falls(options: TuneOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "NEW_TOKENS", 2)
     options = dataclasses.replace(options, steps=25, eval_every=25, eval_samples=1)
     tune.run(options)
     log = pd.read_csv(options.out / "log.csv")["value"]

@@ -12,7 +12,7 @@ from experiments.study.options import RunOptions, StatisticsOptions
 from lm.errors import UserError
 from lm.terms import Device
 
-__all__ = ["ReasonerOptions", "TuneOptions"]
+__all__ = ["BEGIN", "END", "ReasonerOptions", "TuneOptions", "parts_of_card"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ class TuneOptions(RunOptions):
         return self.out / "adapter" if self.adapter is None else self.adapter
 
 
+BEGIN, END = "<!-- codi reasoner -->", "<!-- end of codi reasoner -->"
+"""What stands around the numbers of a model card."""
+
+
+def parts_of_card(path: Path) -> tuple[str, str]:
+    """What stands before and after the numbers of a card.
+
+    Raises:
+        ValueError: it does not have the two marks, once each and in this order.
+    """
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise UserError(f"{path} must have the marks {BEGIN} and {END} once each, in this order")
+    return before, after
+
+
 @dataclass(frozen=True)
 class ReasonerOptions(StatisticsOptions, RunOptions, LanguageOptions):
     """Chains and accuracy of a language model that is asked for steps, for the answer at once, or for nothing."""
@@ -110,5 +127,7 @@ class ReasonerOptions(StatisticsOptions, RunOptions, LanguageOptions):
 
     def check_inputs(self) -> None:
         super().check_inputs()
-        if self.card is not None and not self.card.is_file():
-            raise UserError(f"--card {self.card}: no such file")
+        if self.card is not None:
+            if not self.card.is_file():
+                raise UserError(f"--card {self.card}: no such file")
+            parts_of_card(self.card)

@@ -25,13 +25,12 @@ from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
 from experiments.tasks.items import Item, ItemSplits
 from experiments.tasks.reasoner import DIRECT, STEPS, TASKS, generate
 from experiments.tune.judge import judged
-from experiments.tune.options import ReasonerOptions
-from lm.errors import UserError
+from experiments.tune.options import BEGIN, END, ReasonerOptions, parts_of_card
 from lm.generate import generate as write
 from lm.load import ADAPTER_CONFIG, base_of, load_lm
 from lm.model import LanguageModel
 
-__all__ = ["STUDY", "Plan", "main", "run", "write_card"]
+__all__ = ["BEGIN", "END", "STUDY", "Plan", "main", "run", "write_card"]
 
 INSTRUCTIONS = {"steps": STEPS, "direct": DIRECT, "neutral": ""}
 TRIALS = pa.schema({
@@ -41,8 +40,6 @@ TRIALS = pa.schema({
     "words": pa.int32(),
 })  # fmt: skip
 """One row per model ("model", or "base" for the base of an adapter), way of asking, temperature and question."""
-BEGIN, END = "<!-- codi reasoner -->", "<!-- end of codi reasoner -->"
-"""What stands around the numbers of a card."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +98,11 @@ def questions(n: int, seed: int) -> ItemSplits:
 
 
 def parts(plan: Plan) -> list[Part]:
-    """One part per model, way of asking and temperature."""
+    """One part per model, way of asking and temperature; the base is not sampled."""
     found = []
     for who, _ in plan.names:
-        for mode, temperature in (("steps", 0.0), ("direct", 0.0), ("neutral", 0.0), ("neutral", 1.0)):
+        ways = [("steps", 0.0), ("direct", 0.0), ("neutral", 0.0), *([("neutral", 1.0)] if who == "model" else [])]
+        for mode, temperature in ways:
             arguments = {
                 "who": who, "base": plan.base, "base_items": plan.base_items, "device": plan.device,
                 "dtype": plan.dtype, "mode": mode, "temperature": temperature,
@@ -189,21 +187,24 @@ def _about(plan: Plan) -> str:
     base = "" if plan.base is None else "; its base is asked the first of the same questions in its own form of text"
     return (
         f"Held-out questions (other words, other numbers than in training), the same in every way of asking, in the "
-        f'form "{plan.form}"{base}. Per cent [{100 * plan.settings.level:g} % interval]. '
+        f'form "{plan.form}"{base}. Asked for steps, for the answer at once, or for nothing. Per cent '
+        f"[{100 * plan.settings.level:g} % interval]. "
         "Chain: at least one valid step before the answer; right chain: chain and answer are the expected ones, word "
-        f"by word; at once: the answer is one word. Greedy, except where sampled (temperature 1) is said; up to "
+        "by word; bare answers: one word. Greedy, except where sampled (temperature 1) is said; up to "
         f"{plan.max_new_tokens} tokens."
     )
 
 
 def _table(rates: pd.DataFrame) -> str:
     heads = {
-        "steps: accuracy": ("steps", 0.0, "accuracy"), "chain": ("steps", 0.0, "chain"),
+        "for steps: accuracy": ("steps", 0.0, "accuracy"), "chain": ("steps", 0.0, "chain"),
         "right chain": ("steps", 0.0, "gold"), "at once: accuracy": ("direct", 0.0, "accuracy"),
-        "chain ": ("direct", 0.0, "chain"), "nothing: accuracy": ("neutral", 0.0, "accuracy"),
-        "at once": ("neutral", 0.0, "at_once"), "at once, sampled": ("neutral", 1.0, "at_once"),
+        "any chain": ("direct", 0.0, "chain"), "nothing: accuracy": ("neutral", 0.0, "accuracy"),
+        "bare answers": ("neutral", 0.0, "at_once"), "bare answers, sampled": ("neutral", 1.0, "at_once"),
     }  # fmt: skip
-    lines = [f"| asked for | {' | '.join(head.strip() for head in heads)} |", "|---" * (len(heads) + 1) + "|"]
+    if not (rates["temperature"] > 0).any():
+        del heads["bare answers, sampled"]
+    lines = [f"| asked | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for task in (*TASKS, "all"):
         cells = []
         for mode, temperature, measure in heads.values():
@@ -237,13 +238,9 @@ def write_card(path: Path, result: Result) -> None:
     """Put a result's words between the two marks of a card.
 
     Raises:
-        ValueError: the card does not have them, once each and in this order.
+        ValueError: the card does not have them.
     """
-    card = path.read_text(encoding="utf-8")
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise UserError(f"{path} must have the marks {BEGIN} and {END} once each, in this order")
+    before, after = parts_of_card(path)
     words = "\n\n".join([f"Printed by `{result.command}`:", *(section.markdown() for section in result.sections)])
     write_whole(path, f"{before}{BEGIN}\n{words}\n{END}{after}".encode())
 
