@@ -6,28 +6,53 @@ Knows nothing about adapters, optimisers or files.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.tasks.reasoner import MIXTURE, Mode, Sample, stream
+from codi.training import cosine_schedule
+from experiments.tasks.reasoner import MIXTURE, MODES, TASKS, Mode, Sample, stream
 from experiments.tune.options import TuneOptions
 
-__all__ = ["Batch", "batches", "collate", "completion_loss", "samples_of_step"]
+__all__ = ["PHASES", "Batch", "Phase", "batches", "collate", "completion_loss", "learning_rate", "samples_of_step"]
 
 ONTOLOGIES = {task: weight for task, weight in MIXTURE.items() if task.startswith("ontology")}
 """Tasks that have demonstrations before them, with their weights."""
 
-LATE_MIXTURE = {
-    "ontology-1": 0.5, "ontology-2": 1.0, "ontology-3": 2.0, "babi-15": 0.5, "babi-16": 2.0, "arithmetic": 4.0,
-}  # fmt: skip
-"""Relative frequency of each task after three eighths of the steps: what is learned last comes more often."""
-LATE_MODES: dict[Mode, float] = {"steps": 3.0, "direct": 1.0, "neutral": 1.0}
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a training. Tasks that are learned last come more often later.
+
+    Attributes:
+        begins: share of the steps before it.
+        mixture: relative frequency of each task.
+        modes: relative frequency of each way of asking.
+    """
+
+    begins: Fraction
+    mixture: Mapping[str, float]
+    modes: Mapping[Mode, float]
+
+
+def _phase(begins: Fraction, tasks: Sequence[float], modes: Sequence[float]) -> Phase:
+    return Phase(begins, dict(zip(TASKS, tasks, strict=True)), dict(zip(get_args(Mode), modes, strict=True)))
+
+
+PHASES = (
+    Phase(Fraction(0), MIXTURE, MODES),
+    _phase(Fraction(3, 8), (0.5, 1.0, 2.0, 0.5, 2.0, 4.0), (3.0, 1.0, 1.0)),
+    _phase(Fraction(21, 32), (0.25, 0.5, 3.0, 0.25, 4.0, 2.5), (4.0, 1.0, 1.0)),
+)
+RESTART = 0.6
+"""Share of the highest learning rate that the last phase begins with; until then it falls as without a last phase."""
 SLACK = 1.5
 """A single long text would otherwise pad all that are computed with it."""
 
@@ -56,10 +81,21 @@ def samples_of_step(options: TuneOptions, step: int) -> list[Sample]:
     """The samples of one step: a pure function of its arguments."""
     seed = f"{options.seed}-{step}"
     rng = random.Random(f"tune-{seed}")
-    late = step >= options.steps * 3 // 8
-    plain = stream(seed, mixture=LATE_MIXTURE, modes=LATE_MODES) if late else stream(seed)
+    phase = [phase for phase in PHASES if step >= phase.begins * options.steps][-1]
+    plain = stream(seed, mixture=phase.mixture, modes=phase.modes)
     shown = stream(f"{seed}-shown", mixture=ONTOLOGIES, modes={"steps": 1.0}, demonstrations=options.demonstrations)
     return [next(shown if rng.random() < options.demonstrated else plain) for _ in range(options.batch_size)]
+
+
+def learning_rate(step: int, n_steps: int) -> float:
+    """Share of the highest learning rate at a step: warm-up and cosine, begun anew in the last phase, without warm-up.
+
+    Source: warm restarts, Loshchilov and Hutter 2017, arXiv 1608.03983.
+    """
+    last = math.ceil(PHASES[-1].begins * n_steps)
+    if step < last:
+        return cosine_schedule(step, n_steps)
+    return RESTART * cosine_schedule(step - last, n_steps - last, warmup=0.0)
 
 
 def collate(tokenizer: Any, samples: Sequence[Sample]) -> Batch:

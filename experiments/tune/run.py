@@ -19,14 +19,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from codi.training import cosine_schedule
 from experiments.study.folder import RunFolder, open_run
 from experiments.study.options import identity_of
 from experiments.study.result import Section
 from experiments.study.run import Findings, to_stderr, write_result
 from experiments.study.steps import StepLog, load_state, save_state
 from experiments.tasks.reasoner import TASKS, Mode, Sample, answer_of, generate
-from experiments.tune.batches import batches, completion_loss, samples_of_step
+from experiments.tune.batches import batches, completion_loss, learning_rate, samples_of_step
 from experiments.tune.options import TuneOptions
 from lm.adapters import add_adapter, save_adapter
 from lm.generate import generate as write
@@ -90,7 +89,7 @@ def train(model: LanguageModel, adapted: nn.Module, options: TuneOptions) -> Non
     for step in progress:
         began = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * cosine_schedule(step, options.steps)
+            group["lr"] = options.lr * learning_rate(step, options.steps)
         loss = _gradients(model, samples_of_step(options, step), options)
         norm = float(nn.utils.clip_grad_norm_(list(weights.values()), options.clip))
         optimizer.step()
