@@ -16,9 +16,18 @@ import torch
 from conftest import make_base, make_tokenizer
 from safetensors.torch import load_file
 
+from codi.training import cosine_schedule
 from experiments.tasks.reasoner import Sample, generate
 from experiments.tune import run as tune
-from experiments.tune.batches import SLACK, batches, collate, completion_loss, samples_of_step
+from experiments.tune.batches import (
+    PHASES,
+    SLACK,
+    batches,
+    collate,
+    completion_loss,
+    learning_rate,
+    samples_of_step,
+)  # fmt: skip
 from experiments.tune.options import TuneOptions
 from lm.adapters import add_adapter, save_adapter
 from lm.errors import UserError
@@ -62,6 +71,14 @@ def test_samples_of_a_step_depend_on_seed_and_step_alone(options: TuneOptions) -
     early, late = (samples_of_step(none, step) for step in (5, 6))  # three eighths of 16 steps
     rare = [sum(sample.task == "babi-16" for sample in some) for some in (early, late)]
     assert 20 < rare[0] < 60 < rare[1] < 110
+
+
+def test_the_learning_rate_begins_anew_in_the_last_phase() -> None:
+    rates = [learning_rate(step, 640) for step in range(640)]
+    assert rates[:420] == [cosine_schedule(step, 640) for step in range(420)] and max(rates) == 1.0
+    assert rates[419] < 0.3 and rates[420] == 0.6 and rates[639] < 1e-3
+    assert all(a >= b for a, b in zip(rates[420:], rates[421:], strict=False))
+    assert [phase.begins * 640 for phase in PHASES] == [0, 240, 420]
 
 
 def test_only_the_completion_is_learned(language_model: Callable[..., LanguageModel]) -> None:
