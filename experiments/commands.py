@@ -91,7 +91,7 @@ COMMANDS: dict[str, Command] = {
     "lens": Command(
         "experiments.lens.options:OPTIONS",
         "experiments.lens.run:main",
-        "logit lens and tuned lens on latents: train, show, detect, difference, transfer",
+        "logit lens and tuned lens on latents: train, show, detect, difference, transfer, causal",
     ),
     "ask": Command(
         "experiments.lens.options:AskOptions",
@@ -138,6 +138,16 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),
+    "control": Command(
+        "experiments.control.options:OPTIONS",
+        "experiments.control.run:main",
+        "control vectors of ordinary language models: derive, sweep, show, transfer",
+    ),
+    "circuit": Command(
+        "experiments.circuit.options:CircuitOptions",
+        "experiments.circuit.run:main",
+        "which heads make each word of a written chain of thought (language models)",
+    ),
     "show": Command(
         "experiments.show.options:ShowOptions",
         "experiments.show.run:main",
@@ -147,6 +157,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.page.options:FindingsOptions",
         "experiments.page.findings:main",
         "run every study on one model and collect what they found on one page",
+    ),
+    "findings-language": Command(
+        "experiments.page.options:LanguageFindingsOptions",
+        "experiments.page.findings:main_language",
+        "the same for the studies of ordinary language models",
     ),
 }
 

@@ -21,42 +21,66 @@ from typing import TYPE_CHECKING
 from lm.lazy import exports
 
 if TYPE_CHECKING:
+    from lm.edits import ResidualEdit, edited
     from lm.errors import UserError
     from lm.forward import Step, feed
-    from lm.generate import Generated, Rules, write_tokens
+    from lm.generate import Generated, Rules, generate, write_tokens
+    from lm.load import load_lm
     from lm.model import LanguageModel
+    from lm.partial import Stem, above, below
     from lm.residual import StreamingMean, mean_residual, read_residual
+    from lm.steered import Cell, Steered, steer_cells
     from lm.text import EncodedBatch, left_padded
 
 __all__ = [
+    "Cell",
     "EncodedBatch",
     "Generated",
     "LanguageModel",
+    "ResidualEdit",
     "Rules",
+    "Steered",
+    "Stem",
     "Step",
     "StreamingMean",
     "UserError",
+    "above",
+    "below",
+    "edited",
     "feed",
+    "generate",
     "left_padded",
+    "load_lm",
     "mean_residual",
     "read_residual",
+    "steer_cells",
     "write_tokens",
 ]
 
 __getattr__, __dir__ = exports(
     __name__,
     {
+        "Cell": "lm.steered",
         "EncodedBatch": "lm.text",
         "Generated": "lm.generate",
         "LanguageModel": "lm.model",
+        "ResidualEdit": "lm.edits",
         "Rules": "lm.generate",
+        "Steered": "lm.steered",
+        "Stem": "lm.partial",
         "Step": "lm.forward",
         "StreamingMean": "lm.residual",
         "UserError": "lm.errors",
+        "above": "lm.partial",
+        "below": "lm.partial",
+        "edited": "lm.edits",
         "feed": "lm.forward",
+        "generate": "lm.generate",
         "left_padded": "lm.text",
+        "load_lm": "lm.load",
         "mean_residual": "lm.residual",
         "read_residual": "lm.residual",
+        "steer_cells": "lm.steered",
         "write_tokens": "lm.generate",
     },
 )

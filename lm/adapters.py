@@ -13,7 +13,7 @@ import torch
 
 from lm.errors import UserError
 from lm.terms import TextForm
-from lm.weights import ADAPTER_FILES
+from lm.weights import ADAPTER_FILES, UNREADABLE
 
 __all__ = ["FORM_FILE", "add_adapter", "merge_adapter", "save_adapter"]
 
@@ -56,7 +56,7 @@ def merge_adapter(base: Any, folder: Path) -> None:
 
     try:
         merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except UNREADABLE as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} could not be loaded as an adapter of {base.config.name_or_path}: {why}") from error
     assert merged is base, "merging gave another model"

@@ -133,6 +133,7 @@ BRANCH_ATTENTION = "lm_branches"
 """Name under which the attention of branches is registered with transformers."""
 
 _SPARE = 4  # columns behind the prefix, for the scores of a row's own slots
+_THIN = 8  # own slots up to which they are added up one by one
 _WIDEST_TILE = 256
 _TILE_OVERHEAD = 24  # a tile costs about as much as this many more rows: its copy of the prefix
 
@@ -404,8 +405,11 @@ class BranchCache:
         weights = scores.softmax(dim=-1)
         output = torch.bmm(weights[..., :n_columns], values).view(q.shape)
         own = weights[..., n_columns:].view(*q.shape[:-1], n_own)
-        for slot in range(n_own):  # as a batched product of such thin matrices this takes several times as long
-            output.addcmul_(own[..., slot, None], own_values[..., slot, None, :])
+        if n_own > _THIN:
+            output += torch.matmul(own, own_values)
+        else:  # as a batched product of such thin matrices this takes several times as long
+            for slot in range(n_own):
+                output.addcmul_(own[..., slot, None], own_values[..., slot, None, :])
         output = output.unflatten(3, (per_kv, n_tokens)).permute(0, 2, 4, 1, 3, 5)
         return self._to_rows(output.reshape(tiles, width, n_tokens, n_heads, d_head).to(query.dtype))
 

@@ -12,16 +12,18 @@ Knows nothing about what the tokens mean::
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from lm.cache import BranchCache, build_cache, clone_cache, select_cache
+from lm.edits import Editing, ResidualEdit, check_edits
 from lm.errors import UserError
 from lm.forward import feed
 from lm.model import LanguageModel
+from lm.stops import StopStrings
 from lm.text import EncodedBatch, to_text
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ __all__ = [
     "Rules",
     "SharedPast",
     "as_lists",
+    "as_texts",
     "exclude",
     "generate",
     "most_probable",
@@ -112,6 +115,7 @@ class Rules:
         excluded: ids that are never chosen.
         temperature: 0 is greedy; otherwise logits are divided by it and tokens are drawn.
         uniforms: (row, max_new_tokens) in [0, 1), one per draw; needed (and used) above temperature 0.
+        stops: texts that end a row too; the tokens that make one are written.
 
     Raises:
         ValueError: a limit below 1, a temperature below 0, drawing without uniforms or with too few.
@@ -122,6 +126,7 @@ class Rules:
     excluded: tuple[int, ...] = ()
     temperature: float = 0.0
     uniforms: Tensor | None = None
+    stops: StopStrings | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -175,6 +180,7 @@ class OwnPast:
         mask: (row, position) bool, True at real tokens.
         look: mask of all rows, finished ones included -> what is seen of it, None: everything. Default: the mask
             itself.
+        editing: of what is fed; None: nothing is edited.
     """
 
     def __init__(
@@ -183,8 +189,10 @@ class OwnPast:
         cache: DynamicCache,
         mask: Tensor,
         look: Callable[[Tensor], Tensor | None] | None = None,
+        editing: Editing | None = None,
     ) -> None:
         self._model, self._cache, self._mask, self._look = model, clone_cache(cache), mask, look
+        self._editing = editing
         self._rows = torch.arange(len(mask), device=mask.device)
 
     def feed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
@@ -194,12 +202,15 @@ class OwnPast:
         self._mask = torch.cat((self._mask, new), dim=1)
         seen = self._mask if self._look is None else self._look(self._mask)
         seen = None if seen is None else seen[self._rows]
-        return feed(self._model, embeddings, self._cache, seen, positions).last
+        edit = None if self._editing is None else self._editing.next(embeddings.shape[1])
+        return feed(self._model, embeddings, self._cache, seen, positions, edit).last
 
     def select(self, rows: Tensor) -> None:
         """See `Past`."""
         self._cache = select_cache(self._cache, rows)
         self._rows = self._rows[rows]
+        if self._editing is not None:
+            self._editing.select(rows)
 
 
 class SharedPast:
@@ -208,23 +219,55 @@ class SharedPast:
     Args:
         model: the model.
         cache: prefixes and own slots.
+        editing: of what is fed; None: nothing is edited.
     """
 
-    def __init__(self, model: LanguageModel, cache: BranchCache) -> None:
-        self._model, self.cache = model, cache
+    def __init__(self, model: LanguageModel, cache: BranchCache, editing: Editing | None = None) -> None:
+        self._model, self.cache, self._editing = model, cache, editing
 
     def feed(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """See `Past`."""
         self.cache.positions = positions
-        return feed(self._model, embeddings, self.cache, None, positions).last
+        edit = None if self._editing is None else self._editing.next(embeddings.shape[1])
+        return feed(self._model, embeddings, self.cache, None, positions, edit).last
 
     def select(self, rows: Tensor) -> None:
         """See `Past`."""
         self.cache.select(rows)
+        if self._editing is not None:
+            self._editing.select(rows)
 
     def forget(self, hidden: Tensor) -> None:
         """Leave some of the newest slots out of the past of their rows; hidden (row, slot) bool."""
         self.cache.hide_own(hidden)
+
+
+class _Chooser:
+    """`Rules` at work."""
+
+    def __init__(self, rules: Rules, device: torch.device) -> None:
+        self._rules = rules
+        self._end = torch.tensor(rules.end_ids, dtype=torch.long, device=device)
+        self._excluded = torch.tensor(rules.excluded, dtype=torch.long, device=device)
+        given = None if rules.temperature == 0 else rules.uniforms
+        self._uniforms = None if given is None else given.to(device)
+
+    def choose(self, logits: Tensor, rows: Tensor, places: Tensor | int) -> Tensor:
+        """(row,) next tokens of some rows, by logits (row, vocab), at places of their texts."""
+        logits = exclude(logits, self._excluded)
+        if self._uniforms is None:
+            return most_probable(logits)
+        return _drawn(logits, self._rules.temperature, self._uniforms[rows, places])
+
+    def going_on(self, tokens: Tensor, count: Tensor) -> Tensor:
+        """(row,) whether rows are not finished, by the tokens (row, limit) that they have and how many these are."""
+        latest = tokens.gather(1, count[:, None] - 1)[:, 0]
+        goes_on = ~_among(latest, self._end) & (count < self._rules.max_new_tokens)
+        if self._rules.stops is not None:
+            lists = zip(tokens[:, : int(count.max())].tolist(), count.tolist(), strict=True)
+            ended = [self._rules.stops.ended(row[:length]) for row, length in lists]
+            goes_on &= ~torch.tensor(ended, dtype=torch.bool, device=goes_on.device)
+        return goes_on
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -237,6 +280,7 @@ def write_tokens(
     position: Tensor,
     rules: Rules,
     *,
+    begun: Tensor | None = None,
     drafts: Tensor | None = None,
     packing: float = 1.0,
     keep_first_logits: bool = False,
@@ -246,30 +290,27 @@ def write_tokens(
     Args:
         model: the model.
         past: of the rows; used up.
-        states: (row, 1 + draft, d_model) last states that predict tokens 0, 1, …: of the last token of the past, and
-            of the tokens of a draft that was fed after it.
+        states: (row, 1 + draft, d_model) last states that predict the tokens to be chosen: of the last token of the
+            past, and of the tokens of a draft that was fed after it.
         position: (row,) position id of token 0.
         rules: how tokens are chosen.
+        begun: (row, token) tokens 0, 1, … that were chosen and fed already, none of which ended its row; None: none.
         drafts: (row, draft) the tokens of that draft, -1 behind its end. They are checked in one go and forgotten from
             the first that is not chosen on; needs a past that can forget. Does not change tokens.
         packing: finished rows leave when less than this share of the rows is still being written (1: at once).
-        keep_first_logits: also return the logits at token 0.
+        keep_first_logits: also return the first logits.
 
     Returns:
-        tokens (row, max_new_tokens) with the one that ended the row, -1 after it; (row, vocab) or None.
+        tokens (row, max_new_tokens) with the one that ended the row, -1 after it; (row, vocab), at the first token
+        that was chosen here, or None.
     """
     device, size, limit = states.device, len(states), rules.max_new_tokens
-    end = torch.tensor(rules.end_ids, dtype=torch.long, device=device)
-    excluded = torch.tensor(rules.excluded, dtype=torch.long, device=device)
-    uniforms = None if rules.temperature == 0 or rules.uniforms is None else rules.uniforms.to(device)
+    chooser = _Chooser(rules, device)
     checked = torch.empty(size, 0, dtype=torch.long, device=device) if drafts is None else drafts
     tokens = torch.full((size, limit), -1, dtype=torch.long, device=device)
-
-    def choose(logits: Tensor, rows: Tensor, places: Tensor | int) -> Tensor:
-        logits = exclude(logits, excluded)
-        if uniforms is None:
-            return most_probable(logits)
-        return _drawn(logits, rules.temperature, uniforms[rows, places])
+    start = 0 if begun is None else begun.shape[1]
+    if begun is not None:
+        tokens[:, :start] = begun
 
     first_logits = None
     going = torch.arange(size, device=device)  # rows whose draft has been right so far
@@ -277,21 +318,20 @@ def write_tokens(
         logits = model.logits(states[going, step])
         if step == 0 and keep_first_logits:
             first_logits = logits
-        chosen = choose(logits, going, step)
-        tokens[going, step] = chosen
+        chosen = chooser.choose(logits, going, start + step)
+        tokens[going, start + step] = chosen
         if step < checked.shape[1]:
             going = going[chosen == checked[going, step]]
             if len(going) == 0:
                 break
 
     count = tokens.ge(0).sum(1)
-    latest = tokens.gather(1, count[:, None] - 1)[:, 0]
-    alive = (~_among(latest, end) & (count < limit)).nonzero()[:, 0]
+    alive = chooser.going_on(tokens, count).nonzero()[:, 0]
     if len(alive) and checked.shape[1]:
         # Tokens of a draft that were fed but not chosen are no part of the past.
         assert isinstance(past, SharedPast), "drafts need a past that can forget"
         ahead = torch.arange(checked.shape[1], device=device)
-        past.forget(ahead[None, :] >= (count - 1)[:, None])
+        past.forget(ahead[None, :] >= (count - start - 1)[:, None])
     rows = torch.arange(size, device=device)  # the row of `tokens` that each row of the past is
     while len(alive):
         if len(alive) < packing * len(rows):
@@ -302,10 +342,10 @@ def write_tokens(
         positions = (position[rows] + at - 1)[:, None]
         states = past.feed(model.embed(tokens[rows, at - 1][:, None]), positions)[:, 0]
         read = rows[alive]
-        chosen = choose(model.logits(states[alive]), read, count[read])
+        chosen = chooser.choose(model.logits(states[alive]), read, count[read])
         tokens[read, count[read]] = chosen
         count[read] += 1
-        alive = alive[~_among(chosen, end) & (count[read] < limit)]
+        alive = alive[chooser.going_on(tokens[read], count[read])]
     return tokens, first_logits
 
 
@@ -329,6 +369,8 @@ def generate(
     temperature: float = 0.0,
     seed: int | None = None,
     end_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    edits: ResidualEdit | Sequence[ResidualEdit] = (),
     batch_size: int = 64,
     keep_first_logits: bool = False,
 ) -> Generated:
@@ -341,11 +383,17 @@ def generate(
         temperature: 0 is greedy; above 0 a seed is needed.
         seed: of the draws. What is written depends on seed and place in `texts`, not on batch_size.
         end_ids: tokens that end a text; None: the model's own.
+        stop: texts that end what is written as soon as it holds one of them; the text ends before it, the tokens hold
+            what was written of it.
+        edits: of the residual stream; a row each for every text where they have rows.
         batch_size: texts at once.
         keep_first_logits: also return the logits at the first new position.
     """
     batch = texts if isinstance(texts, EncodedBatch) else model.encode(texts)
+    given_edits = [edits] if isinstance(edits, ResidualEdit) else list(edits)
+    check_edits(model, given_edits, len(batch))
     ends = model.end_ids if end_ids is None else tuple(end_ids)
+    stops = StopStrings(model.tokenizer, stop) if len(stop) else None
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     rules = Rules.of(len(batch), max_new_tokens, ends, temperature=temperature, generator=generator)
     tokens: list[list[int]] = [[] for _ in range(len(batch))]
@@ -353,17 +401,19 @@ def generate(
     first_logits: Tensor | None = None
     for rows, given in batch.parts(batch_size):
         part = given.to(model.device)
-        mask, cache = part.attention_mask.bool(), build_cache()
-        model.check_length(part.input_ids.shape[1])
-        states = feed(model, model.embed(part.input_ids), cache, mask, part.positions).last[:, -1:]
+        mask, cache, width = part.attention_mask.bool(), build_cache(), part.input_ids.shape[1]
+        model.check_length(width)
+        own_edits = [edit.select(rows) if edit.rows else edit for edit in given_edits]
+        editing = Editing([edit.to(model.device) for edit in own_edits], prompt=width)
+        embeddings = model.embed(part.input_ids)
+        states = feed(model, embeddings, cache, mask, part.positions, editing.next(width, mask)).last[:, -1:]
         chosen = None if rules.uniforms is None else rules.uniforms[rows.cpu()]
-        own = Rules(max_new_tokens, ends, temperature=temperature, uniforms=chosen)
         written, logits = write_tokens(
             model,
-            OwnPast(model, cache, mask),
+            OwnPast(model, cache, mask, editing=editing),
             states,
             part.positions[:, -1] + 1,
-            own,
+            replace(rules, uniforms=chosen, stops=stops),
             keep_first_logits=keep_first_logits,
         )
         if logits is not None:
@@ -371,5 +421,15 @@ def generate(
             first_logits[rows.to(logits.device)] = logits
         for row, ids, done in zip(rows.tolist(), *as_lists(written, ends), strict=True):
             tokens[row], finished[row] = ids, done
-    written_texts = [to_text(model.tokenizer, ids) if model.tokenizer is not None else "" for ids in tokens]
-    return Generated(tokens, written_texts, finished, first_logits)
+    return Generated(tokens, *as_texts(model, tokens, finished, stops), first_logits)
+
+
+def as_texts(
+    model: LanguageModel, tokens: Sequence[Sequence[int]], finished: Sequence[bool], stops: StopStrings | None = None
+) -> tuple[list[str], list[bool]]:
+    """Texts of what was written, cut before a stop string, and whether each is finished; "" without a tokenizer."""
+    texts = [to_text(model.tokenizer, ids) if model.tokenizer is not None else "" for ids in tokens]
+    if stops is None:
+        return texts, list(finished)
+    cut = [stops.cut(text) for text in texts]
+    return cut, [done or len(short) < len(text) for done, short, text in zip(finished, cut, texts, strict=True)]

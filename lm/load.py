@@ -6,7 +6,8 @@
     model = load_lm("checkpoints/smollm2-reasoner")                   # a LoRA adapter of peft; its base is found
 
 What is checked: the hooks see the hidden states that the model reports, a text gives the same numbers with and without
-a cache, and alone and in a padded batch. A model that fails would give every instrument wrong numbers without a word.
+a cache, alone and in a padded batch, and run in one go or in two parts. A model that fails would give every instrument
+wrong numbers without a word.
 
 Knows nothing about prompts or studies.
 """
@@ -14,8 +15,9 @@ Knows nothing about prompts or studies.
 from __future__ import annotations
 
 import hashlib
+import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -27,10 +29,11 @@ from lm.cache import build_cache
 from lm.errors import UserError
 from lm.forward import feed
 from lm.model import LanguageModel
+from lm.partial import above, below
 from lm.places import refuse_missing
 from lm.terms import Attention, Dtype, TextForm
 from lm.text import EncodedBatch
-from lm.weights import ADAPTER_FILES, hash_files, read_object, refuse_pointer, weight_files
+from lm.weights import ADAPTER_FILES, UNREADABLE, hash_files, read_object, refuse_pointer, weight_files
 
 __all__ = ["ADAPTER_CONFIG", "base_of", "check_model", "load_lm"]
 
@@ -88,7 +91,7 @@ def load_lm(
         blocks=blocks,
         norm=norm,
         form=form,
-        weights_hash=partial(hash_files, files) if files else _commit_of(weights),
+        weights_hash=partial(hash_files, files) if files else partial(_commit_of, source, file),
     )
     if check:
         check_model(model)
@@ -132,7 +135,7 @@ def _read(source: str, file: str | None, dtype: Dtype, attention: Attention) -> 
     more = {} if file is None else {"gguf_file": file}
     try:
         base: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind, attn_implementation=attention, **more)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (*UNREADABLE, ImportError, struct.error) as error:
         raise UserError(f"{file or source} could not be loaded as a causal language model: {_line(error)}") from error
     if file is not None:
         # De-quantised weights are ordinary ones; what remembers where they came from forbids saving them.
@@ -149,7 +152,7 @@ def _tokenizer(source: str, file: str | None) -> Any:
     more = {} if file is None else {"gguf_file": file}
     try:
         return AutoTokenizer.from_pretrained(source, **more)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (*UNREADABLE, ImportError, struct.error) as error:
         raise UserError(f"the tokenizer of {file or source} could not be loaded: {_line(error)}") from error
 
 
@@ -203,9 +206,11 @@ def _joined_hash(below: LanguageModel, files: Sequence[Path]) -> str:
     return hashlib.sha256(f"{below.weights_hash} {hash_files(files)}".encode()).hexdigest()
 
 
-def _commit_of(base: Any) -> Callable[[], str]:
-    """Identity of weights from the hub: the commit that was read."""
-    return lambda: str(getattr(base.config, "_commit_hash", None) or "")
+def _commit_of(source: str, file: str | None) -> str:
+    """Identity of weights from the hub: the commit that was read; "" if they are not in the hub's cache."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    return extract_commit_hash(cached_file(source, file or "config.json"), None) or ""
 
 
 def _line(error: BaseException) -> str:
@@ -221,10 +226,11 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.1, tor
 
 @torch.no_grad()
 def check_model(model: LanguageModel) -> None:
-    """Compare hooks, cache and padding with the model's own plain forward pass, on two short texts of arbitrary tokens.
+    """Compare hooks, cache, padding and a pass in two parts with the model's own plain forward pass, on two short texts
+    of arbitrary tokens.
 
     Raises:
-        ValueError: which of the three differs, and by how much.
+        ValueError: which of them differs, and by how much.
     """
     ids = (torch.arange(13, dtype=torch.long) * 7919 + 11) % min(model.vocab_size, 1000)
     rows = [ids[:8].tolist(), ids[8:].tolist()]
@@ -240,6 +246,11 @@ def check_model(model: LanguageModel) -> None:
         model, model.embed(batch.input_ids), build_cache(), batch.attention_mask, batch.positions, hidden_states=True
     )
     assert together.hidden_states is not None
+    if together.hidden_states.shape[2] != model.n_layers + 1:
+        raise UserError(
+            f"{model.name} cannot be used: hooks showed {together.hidden_states.shape[2]} of {model.n_layers + 1} "
+            "layers; give blocks= the name of the blocks that the model runs"
+        )
     for row, output in enumerate(outputs):
         length = len(rows[row])
         seen = together.hidden_states[row, -length:]
@@ -260,6 +271,11 @@ def check_model(model: LanguageModel) -> None:
         embeddings = model.embed(first.input_ids[:, start:end])
         step = feed(model, embeddings, cache, first.attention_mask[:, :end], first.positions[:, start:end])
     _compare(model, model.logits(step.last[0]), outputs[0].logits[0, half:], "the cache changes the numbers")
+    middle = model.n_layers // 2
+    _compare(
+        model, model.logits(above(model, below(model, first, middle), middle)[0]), outputs[0].logits[0],
+        f"blocks above layer {middle} run apart from those below give other logits",
+    )  # fmt: skip
 
 
 def _compare(model: LanguageModel, found: torch.Tensor, expected: torch.Tensor, what: str) -> None:

@@ -13,6 +13,7 @@ Knows nothing about files, prompts or what is done with states::
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -159,6 +160,23 @@ class LanguageModel:
             ValueError: no such module, or several, behind the blocks.
         """
         return _find_norm(self.decoder, self.blocks, self.d_model) if self._norm is None else self._norm
+
+    @cached_property
+    def block_outputs(self) -> int:
+        """What a block gives back: 0 a tensor, else a tuple of so many things, the residual stream first. Found by
+        running one token when first asked for."""
+        seen: list[int] = []
+
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen.append(0 if isinstance(output, Tensor) else len(output))
+
+        handle = self.blocks[0].register_forward_hook(see)
+        try:
+            with torch.no_grad():
+                self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
 
     @property
     def unembedding(self) -> nn.Module:

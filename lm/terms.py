@@ -18,6 +18,7 @@ __all__ = [
     "SPACES",
     "TIMINGS",
     "TRIAL_CONTROLS",
+    "VECTOR_METHODS",
     "AnswerMode",
     "AnswerRule",
     "Attention",
@@ -25,15 +26,19 @@ __all__ = [
     "Device",
     "DrawNorm",
     "Dtype",
+    "EditPositions",
     "Engine",
     "KeyFrame",
     "Mask",
     "Part",
     "ProtocolName",
     "Rope",
+    "RunTokens",
     "Space",
     "TextForm",
     "Timing",
+    "VectorMethod",
+    "VectorScale",
 ]
 
 # --- How a model runs ---
@@ -71,8 +76,22 @@ TIMINGS: tuple[Timing, ...] = get_args(Timing)
 KeyFrame = Literal["content", "raw"]
 """Keys turned back to position 0 before they are averaged, or as they are cached (the published way)."""
 KEY_FRAMES: tuple[KeyFrame, ...] = get_args(KeyFrame)
+EditPositions = Literal["all", "prompt", "generated", "last", "once"]
+"""Tokens at which the residual stream of an ordinary language model is edited: those of the prompt and all that are
+generated after it, every prompt token, every generated token, the last prompt token only, or the first generated token
+only. Padding never."""
 Engine = Literal["shared", "clones"]
 """Branches over a shared prefix, or an edited copy of the cache per row."""
+
+# --- Control vectors ---
+
+VectorMethod = Literal["reading", "contrastive", "pca-contrast", "pca-reading"]
+"""How a control vector is made of pairs of texts (steering/contrasts.py)."""
+VECTOR_METHODS: tuple[VectorMethod, ...] = get_args(VectorMethod)
+VectorScale = Literal["mean", "unit"]
+"""Length of a principal component: that of the mean it stands for, or 1."""
+RunTokens = Literal["generated", "all", "last-prompt"]
+"""Which tokens of a written answer are read: those that the model wrote, these and the prompt, or the prompt's last."""
 
 # --- Against what ---
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm.characters import half_character
 from lm.errors import UserError
 
 __all__ = ["EncodedBatch", "Rows", "encode", "left_padded", "to_text"]
@@ -106,16 +107,21 @@ def encode(
         special: whether the tokenizer adds its own special tokens, as it is configured to.
 
     Raises:
-        ValueError: no texts, a text that is not a string, one without any token, or one with the text of a control
-            token that the tokenizer cannot read as plain text.
+        ValueError: no texts, a text that is not a string or holds half a character, one without any token, or one with
+            the text of a control token that the tokenizer cannot read as plain text.
     """
     if isinstance(texts, str):
         raise UserError(f"encode takes a list of {what}s, got one string: put it in a list")
     if not texts:
         raise UserError(f"encode needs at least one {what}, got none")
-    for text in texts:
+    for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise UserError(f"a {what} must be a string, got {type(text).__name__}")
+        if half := half_character(text):
+            raise UserError(
+                f"{what} {number} holds half a character ({half}, a lone surrogate): write the whole character, or "
+                "leave it out"
+            )
     rows = [[*ids, *after] for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
     for index, text in enumerate(texts):
         if control and any(name in text for name in control):

@@ -53,6 +53,12 @@ def test_a_verdict_needs_its_number_and_a_missing_test_its_reason() -> None:
         ClaimsTable([Claim("C1", "a", "b", "held", 1.0), Claim("C1", "a", "b", "held", 1.0)])
 
 
+def test_a_zero_has_no_sign() -> None:
+    claim = Claim("C1", "a", "b", "undecided", 0.0, -0.0002, 0.3, 12, 12)
+    assert claim.number == "0.000 [0.000, 0.300], n = 12 in 12 clusters"
+    assert Claim("C1", "a", "b", "held", -0.5, -math.inf, -0.1, 12).number == "-0.500 [-inf, -0.100], n = 12"
+
+
 def test_table_prints_and_reads_back(tmp_path: Path) -> None:
     table = ClaimsTable([
         Claim("C1", "accuracy peaks at 5 | latents", "acc(5) − acc(6)", "not held", -0.0104, -0.02, 0.01, 40, 4),

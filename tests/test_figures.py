@@ -333,7 +333,7 @@ def test_points_of_a_fraction() -> None:
 
 # --- Nowhere else -----------------------------------------------------------------------------------------------------
 
-MODULES = [path for package in ("lm", "codi", "steering", "lenses", "experiments") for path in
+MODULES = [path for package in ("lm", "codi", "steering", "lenses", "circuits", "experiments") for path in
            sorted((ROOT / package).rglob("*.py"))]  # fmt: skip
 HEX = re.compile(r"#[0-9a-fA-F]{6}([0-9a-fA-F]{2})?")
 

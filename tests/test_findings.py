@@ -18,7 +18,7 @@ from experiments.page import findings
 from experiments.page.findings import arguments, options_of
 from experiments.page.html import as_html
 from experiments.page.markdown import claims_table, demoted, found, section, shown, write_page
-from experiments.page.options import MARKER, FindingsOptions
+from experiments.page.options import MARKER, FindingsOptions, LanguageFindingsOptions
 from experiments.page.studies import STUDIES, Entry
 from experiments.study.claims import Claim, ClaimsTable
 from experiments.study.folder import RunFolder
@@ -232,3 +232,15 @@ def test_html_of_what_a_page_holds(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert piece in made, piece
     assert "gone" not in made and "<script" not in made and "http" not in made.replace("https://x.org", "")
+
+
+def test_a_study_on_several_models_has_a_folder_and_a_name_for_each():
+    entry = Entry("b", ("lens", "show"), "?", reads=("--lens", "a"))
+    on = entry.on("checkpoints/smollm2")
+    assert (on.name, on.reads, on.words) == ("smollm2-b", ("--lens", "smollm2-a"), "lens show")
+    assert on.called("codi ") == "`codi lens show`, smollm2" and entry.called() == "`lens show`"
+
+
+def test_models_of_a_page_have_different_names():
+    with pytest.raises(ValueError, match="different last names, got a/x, b/x"):
+        LanguageFindingsOptions(models=("a/x", "b/x"))

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("lm", "codi", "steering", "lenses", "experiments")
+PACKAGES = ("lm", "codi", "steering", "lenses", "circuits", "experiments")
 ALLOWED = {
     "lm": {"lm"},
     "codi": {"codi", "lm"},
     "steering": {"steering", "codi", "lm"},
     "lenses": {"lenses", "codi", "lm"},
-    "experiments": {"experiments", "steering", "lenses", "codi", "lm"},
+    "circuits": {"circuits", "lm"},
+    "experiments": {"experiments", "steering", "lenses", "circuits", "codi", "lm"},
 }
 # transformers' cache and attention interfaces, by module and by name
 CACHE_MODULES = ("transformers.cache_utils", "transformers.masking_utils", "transformers.integrations")
@@ -120,6 +121,9 @@ def test_file_imports_only_what_it_may(path: Path) -> None:
         ("codi/x.py", "def f():\n    import experiments.sweep.run"),
         ("steering/x.py", "from lenses.latent_lens import a"),
         ("lenses/x.py", "import steering"),
+        ("circuits/x.py", "from codi import load_codi"),
+        ("circuits/x.py", "from experiments.statistics.exact import interval"),
+        ("steering/x.py", "from circuits.heads import Heads"),
         ("codi/training.py", "from peft import LoraConfig"),
         ("experiments/x.py", "import tuned_lens.nn"),
         ("codi/rollout.py", "from transformers import DynamicCache"),

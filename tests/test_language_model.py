@@ -255,14 +255,16 @@ def test_batches_of_similar_length():
 # --- Imports that cost nothing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["lm", "lm.terms", "lm.errors", "codi", "codi.protocol", "steering", "lenses"])
+@pytest.mark.parametrize(
+    "module", ["lm", "lm.terms", "lm.errors", "codi", "codi.protocol", "steering", "lenses", "circuits"]
+)
 def test_import_without_torch(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'pandas', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("package", ["lm", "codi", "steering", "lenses"])
+@pytest.mark.parametrize("package", ["lm", "codi", "steering", "lenses", "circuits"])
 def test_lazy_names_are_all_there(package):
     module = __import__(package)
     assert set(module.__all__) <= set(dir(module))

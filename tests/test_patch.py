@@ -36,12 +36,16 @@ def test_planted_values_are_read(tmp_path: Path) -> None:
     found = result.tables
     assert result.claims is not None and result.claims["C3"].verdict == "not held"  # it is latents 2 and 4
     assert Result.read(result.path).markdown() == result.text
+    assert set(found["sizes"]["table"]) == {name for name in found if "matters" in found[name]}
+    assert "answers every prompt right: an improvement cannot be seen" in result.text.split("Mean patching")[0]
+    assert result.text.count("the whole interval beyond the size that matters: ") == 4  # below every kind of table
     means = found["means"]
     for latent in range(1, 7):
         # the mean of the same key is the prompt's own content; that of another key is wrong where something is carried
         assert row_of(means, replaced("same key", [latent]), UNEDITED)["difference"] == 0
         change = row_of(means, replaced("other key", [latent]), replaced("same key", [latent]))
         assert (change["difference"] < -0.5 and change["fwer_p"] < 0.05) == (latent in (2, 4))
+        assert change["matters"] == (latent in (2, 4))
     for step, carrier in ((1, 2), (2, 4)):
         for scope in ("same template", "other templates"):
             for state in ("vector", "residual"):
@@ -78,7 +82,7 @@ def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
             table = table[table["kind"].isin(("other", "operation"))]
             assert (table["mean"] == 0).all()
         else:
-            assert (table["difference"] == 0).all() and (table["q"] == 1).all()
+            assert (table["difference"] == 0).all() and (table["q"] == 1).all() and not table["matters"].any()
     verdicts = {claim.name: claim.verdict for claim in result.claims or ()}
     # nothing moved in 24 clusters: that neither confirms the claims nor excludes effects of their size
     assert verdicts["C3"] == "undecided"

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from simulated_sweep import simulate_trials
 
 from experiments.figures.heatmap import Scale
-from experiments.figures.style import DIVERGING, STYLE, colour_map
+from experiments.figures.style import DIVERGING, STYLE, Form, colour_map, drawn_as
 from experiments.statistics.clusters import Settings
 from experiments.sweep import draw as plots
 from experiments.sweep.analysis import analyse
@@ -257,11 +257,55 @@ def test_legacy_labels_are_explained() -> None:
     assert plots._notes({"identity": {"options": {"legacy": False}}}) == ()
 
 
+def test_another_width_and_no_caption(view: View) -> None:
+    """Panels take the room, letters keep their size, nothing is cut off or overlaps; the form ends with the block."""
+    with drawn_as(Form(12.0, caption=False)):
+        found = dict(plots.figures(view, ["difference-c0.5", "grids-c0.5", "variance", "marginals"]))
+    assert len(found) == 4
+    for name, figure in found.items():
+        assert figure.get_figwidth() == pytest.approx(12.0), name
+        assert not clashes(figure), name
+        assert not any("Intervals:" in text for text in words(figure)), name
+    (figure,) = dict(plots.figures(view, ["accuracy-c0.5"])).values()
+    assert figure.get_figwidth() == pytest.approx(7.2) and any("Intervals:" in text for text in words(figure))
+
+
+def test_only_some_figures(tmp_path: Path) -> None:
+    analysis = analyse(simulate_trials(**SMALL), FAST)
+    for only, kinds in ((("signs",), {"signs"}), (("kv-*-grids-c1", "variance"), {"grids-c1", "variance"})):
+        written = plots.draw(analysis, tmp_path, dpi=60, only=only)
+        assert {path.stem for path in written} == {f"kv-both-early-exit-{kind}" for kind in kinds}
+    with pytest.raises(ValueError, match="only must name figures of this run, got 'sings'; there are: kv-both-early-"):
+        plots.draw(analysis, tmp_path, only=("sings",))
+
+
+def test_colours_of_a_scale(view: View) -> None:
+    def ends(name: str, colours: object) -> tuple[float, float]:
+        (figure,) = dict(plots.figures(dataclasses.replace(view, colours=colours), [name])).values()
+        return next(axes.images[0] for axes in figure.axes if axes.images).get_clim()
+
+    shared = [ends(f"difference-c{size}", "shared") for size in ("0.5", "2")]
+    assert shared[0] == shared[1] == (-view.limit(), view.limit())
+    each = [ends(f"difference-c{size}", "each") for size in ("0.5", "2")]
+    assert each[0][1] < each[1][1]  # small effects have all the colours
+    for size, (_, high) in zip((0.5, 2.0), each, strict=True):
+        beyond = (view.at(size)["difference"].abs() > high).mean()
+        assert beyond < 0.03 and high <= view.at(size)["difference"].abs().max() + 0.02
+    assert ends("grids-c2", 5.0) == (-0.05, 0.05)
+    for scale in (0.0, 101.0):
+        with pytest.raises(ValueError, match="scale must be shared, each, or above 0"):
+            PlotOptions(Path(), scale=scale)
+
+
 def test_bad_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="formats must be among png, pdf, got svg"):
         plots.draw(analyse(simulate_trials(**SMALL), FAST), tmp_path, formats=("svg",))
     with pytest.raises(ValueError, match="dpi must be in"):
         PlotOptions(tmp_path, dpi=0)
+    with pytest.raises(ValueError, match=r"width must be in 7\.2\.\.20 inches, got 3"):
+        PlotOptions(tmp_path, width=3)
+    with pytest.raises(ValueError, match=r"width must be in 7\.2\.\.20 inches, got 3"):
+        plots.draw(analyse(simulate_trials(**SMALL), FAST), tmp_path, form=Form(3))
 
 
 def test_drawing_leaves_the_settings_of_the_process_alone(view: View) -> None:

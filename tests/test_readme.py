@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("lm", "codi", "steering", "lenses", "experiments", "benchmarks")
+PACKAGES = ("lm", "codi", "steering", "lenses", "circuits", "experiments", "benchmarks")
 OTHERS = {
     "checkpoints/tiny/": "the model in the box, with its model card",
     "docs/": "figures of this page, findings",

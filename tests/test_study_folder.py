@@ -207,7 +207,7 @@ def test_a_folder_is_refused_before_anything_is_loaded(tmp_path):
 def test_differences():
     assert differences({"a": 1, "b": {"c": [1], "d": 2}}, {"a": 1, "b": {"c": [2]}}) == [
         "b.c: [1] -> [2]",
-        "b.d: 2 -> null",
+        "b.d: 2 -> not given",
     ]
     assert differences(IDENTITY, IDENTITY) == []
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 
@@ -18,13 +18,16 @@ from codi import load_codi
 from experiments import cli
 from experiments.commands import COMMANDS
 from experiments.latents.options import NecessityOptions
+from experiments.study.answers import answer_table
 from experiments.study.manifest import fingerprint
 from experiments.study.options import (
     DrawOptions,
     IntervalOptions,
+    JudgingOptions,
     ModelOptions,
     Options,
     PromptOptions,
+    QuestionOptions,
     RunOptions,
     SplitOptions,
     StatisticsOptions,
@@ -34,7 +37,8 @@ from experiments.study.options import (
     identity_of,
 )
 from experiments.study.run import study_identity
-from experiments.tasks import TASK_NAMES
+from experiments.sweep.options import SweepOptions
+from experiments.tasks import TASK_NAMES, Reading
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).parent / "data"
@@ -144,12 +148,103 @@ def test_run_folders_of_studies_go_on(module: str, known: str) -> None:
 
 
 def test_identity_of_a_sweep_is_that_of_todays_manifest() -> None:
-    from experiments.sweep.options import SweepOptions
     from experiments.sweep.plan import resolve
 
     today = json.loads((DATA / "manifest_sweep.json").read_text(encoding="utf-8"))
-    identity = resolve(SweepOptions(limit=200, draws=20), load_codi(ROOT / "checkpoints" / "tiny")).identity()
+    model = load_codi(ROOT / "checkpoints" / "tiny")
+    identity = resolve(SweepOptions(limit=200, draws=20), model).identity()
     assert fingerprint(identity) == today["fingerprint"]
+    other = resolve(SweepOptions(limit=200, draws=20, answers="published"), model).identity()
+    assert other == {**identity, "reading": {"answers": "published"}}
+
+
+def _classes() -> dict[str, type[Options]]:
+    """Words of every command that takes options of ours -> their class."""
+    found = {}
+    for command in COMMANDS.values():
+        given = command.load_options()
+        for one in [get_args(member)[0] for member in get_args(given)] or [given]:
+            found[one.COMMAND] = one
+    return found
+
+
+JUDGES = {
+    *("sweep", "eval", "train", "lens detect", "alternation", "findings"),
+    *("necessity", "transfer", "anchors", "early-exit", "patch", "pca"),
+}  # fmt: skip
+"""Commands that say which answers are right."""
+
+
+def test_every_command_that_judges_answers_takes_the_rule_and_old_identities_stay() -> None:
+    classes = _classes()
+    assert {name for name, one in classes.items() if issubclass(one, JudgingOptions)} == JUDGES
+    for name, one in classes.items():
+        fields = {field.name for field in dataclasses.fields(one)}
+        assert ("derivation" in fields) == ("derivation_task" in fields), name
+        if issubclass(one, QuestionOptions) and name != "sweep":
+            assert not {"answers", "decimal_comma", "derivation_task"} & identity_of(one()).keys(), name
+            assert identity_of(one(decimal_comma=True)) != identity_of(one()), name
+            assert one(decimal_comma=True).reading == Reading("common", True)
+            if name in JUDGES:
+                assert identity_of(one(answers="published"))["answers"] == "published", name
+                assert one(answers="published").reading == Reading("published")
+                with pytest.raises(ValueError, match="the published rule knows no decimal commas"):
+                    one(answers="published", decimal_comma=True)
+
+
+def test_the_rule_goes_with_the_prompts_to_every_row() -> None:
+    """The rule of the options is that of every prompt they load, so no study can forget it."""
+    given: dict[str, Any] = {"limit": 6, "derivation": 8, "answers": "published"}
+    for options in (Own(**given), Own(**given, legacy=True), Own(**given, derivation_task="arithmetic")):
+        split = options.load_split(0)
+        assert {problem.reading for problem in (*split.evaluation, *split.derivation)} == {Reading("published")}
+        problem = split.evaluation[0]
+        text = f"#### {problem.answer} (and not 5)"
+        (row,) = answer_table([problem], [0], [text]).to_dict("records")
+        assert row["prediction"] == 5 and not row["correct"]
+        again = Own(**{**given, "answers": "common"}).load_split(0).evaluation[0]
+        (row,) = answer_table([again], [0], [f"#### {again.answer} (and not 5)"]).to_dict("records")
+        assert row["prediction"] == again.answer and row["correct"]
+
+
+def test_decimal_commas_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"question": "Half of 7?", "answer": "3,5"}\n')
+    with pytest.raises(ValueError, match="write 3.5, or say that commas are decimal"):
+        SplitOptions(task=str(file)).load_problems(0)
+    (problem,) = SplitOptions(task=str(file), decimal_comma=True).load_problems(0).evaluation
+    assert problem.answer == 3.5 and problem.is_answered_by("3,5") and problem.is_answered_by("it is 3.5")
+    assert not problem.is_answered_by("5")
+
+
+def test_directions_from_another_task(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"question": "What is 7 times 31?", "answer": 217}\n')
+    one = ["--task", str(file), "--derivation", "8"]
+    with pytest.raises(ValueError, match="cannot split 1 problems .*: give --derivation-task"):
+        cli.parse(NecessityOptions, one, "codi necessity").load_split(0)
+    split = cli.parse(NecessityOptions, [*one, "--derivation-task", "templates"], "codi necessity").load_split(0)
+    assert len(split.evaluation) == 1 and len(split.derivation) == 8
+    with pytest.raises(ValueError, match="unknown task 'templatez': no such file"):
+        NecessityOptions(derivation_task="templatez").check_inputs()
+    with pytest.raises(ValueError, match="legacy takes means from the evaluated prompts: leave --derivation-task out"):
+        NecessityOptions(legacy=True, derivation_task="arithmetic").check_inputs()
+    SweepOptions(legacy=True, derivation_task="arithmetic").check_inputs()  # its embedding means
+
+
+def test_known_steps_are_asked_for_in_words_that_help(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    records = [{"question": f"What is {i} plus {i + 40}?", "answer": 2 * i + 40} for i in range(9)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = SplitOptions(task=str(file))
+    with pytest.raises(ValueError, match="at least 1 known intermediate value; 9 of 9 have fewer, 'own-0' has 0: give"):
+        options.load_problems(0, known_steps=1)
+    for record in records:
+        record["steps"] = [f"{record['answer'] - 40}+40={record['answer']}"]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert len(options.load_problems(0, known_steps=1).evaluation) == 9
+    with pytest.raises(ValueError, match="9 of 9 have fewer, 'own-0' has 1: give --min-steps 2"):
+        options.load_problems(0, known_steps=2)
 
 
 def test_the_command_as_it_is_typed() -> None:
@@ -270,6 +365,8 @@ def test_help_and_refusals_import_nothing_heavy(name: str, arguments: list[str],
     [
         (["sweep", "--pairs", "one-two"], "pairs must look like 2-5"),
         (["sweep", "--latents", "x"], "latents must be numbers from 1"),
+        (["sweep", "--latents", "40"], "latents must be in 1..6, got 40"),  # the model's folder says how many
+        (["sweep", "--pairs", "2-7"], "latents of a pair must be in 1..6, got '2-7'"),
         (["sweep", "--controls", "placebo"], "controls must be among random"),
         (["sweep", "--legacy", "--space", "hidden"], "legacy steering exists in kv and embedding space"),
         (["sweep", "--task", "a", "--prompts", "b"], "give --task or --prompts"),

@@ -219,6 +219,7 @@ WRITERS: dict[str, list[str]] = {
     "anchors": ["anchors", "--limit", "8", "--derivation", "24"],
     "early-exit": ["early-exit", "--limit", "8", "--derivation", "24"],
     "pca": ["pca", "--limit", "8", "--derivation", "24"],
+    "circuit": ["circuit"],
 }
 """Commands that write a run folder; "stats", "plot" and "findings" work in folders of other commands."""
 

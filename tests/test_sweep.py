@@ -35,7 +35,7 @@ from experiments.sweep.options import (
     timings_of,
 )
 from experiments.sweep.plan import averaged_problems, resolve
-from experiments.sweep.run import parts, sweep
+from experiments.sweep.run import parts, sweep, unsteered
 from experiments.tasks import Problem, extract_answer, is_correct, load_task
 from experiments.tasks.split import check_disjoint, load_split
 from steering.directions import difference, generator, random_direction
@@ -88,6 +88,28 @@ def everything(codi_model, tmp_path_factory) -> RunFolder:
 @pytest.fixture(scope="module")
 def trials(everything) -> pd.DataFrame:
     return frame(everything)
+
+
+def test_what_cannot_be_seen_is_said_before_anything_is_tried(codi_model, tmp_path):
+    """A baseline of 0 % or 100 %: the first lines of the run, not the last ones of its summary."""
+    options = config(tmp_path / "run", space=("kv",), pairs=("1-2",), latents=("1",))
+    plan = resolve(options, codi_model)
+    texts = codi_model.answer([problem.question for problem in plan.split.evaluation], max_new_tokens=2)
+    for answers, says in (
+        ([-12345.0] * 6, "0 of 6 prompts are answered right: no edit can be seen to do harm here"),
+        ([extract_answer(text) for text in texts], "6 of 6 prompts are answered right: no edit can be seen to improve"),
+    ):
+        problems = [dataclasses.replace(p, answer=a) for p, a in zip(plan.split.evaluation, answers, strict=True)]
+        if None in answers:  # a random model that writes no number
+            continue
+        split = dataclasses.replace(plan.split, evaluation=tuple(problems))
+        assert says in unsteered(dataclasses.replace(plan, split=split), codi_model)
+    said: list[str] = []
+    sweep(options, codi_model, said.append)
+    place = [i for i, line in enumerate(said) if "prompts are answered right" in line]
+    assert place == [1] and said[0].startswith("starting")  # before the means, and before every part
+    sweep(options, codi_model, said.append)
+    assert sum("prompts are answered right" in line for line in said) == 1  # nothing is left to try
 
 
 # --- What is tried ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ they are better or higher and red where they are worse or lower, white in betwee
 
 Sizes: a figure is as wide as a page (`WIDTH`), text is 7 points, and none is smaller than `SMALL`. The legend stands
 above the panels, the caption (what the figure shows, how many prompts, which intervals) below them. `drawn_as` changes
-width and caption of every figure that is made inside: panels grow or shrink with the width, letters do not.
+width and caption of every figure that is made inside: panels grow with the width, letters do not.
 
 Files: `encode` leaves out dates and versions, so that the same tables give the same bytes, in any process.
 
@@ -43,8 +43,8 @@ __all__ = [
 
 WIDTH = 7.2
 """Inches: a figure over a whole page. Places inside a figure are said in these inches, whatever its width is."""
-WIDTHS = (6.0, 20.0)
-"""Inches: the narrowest and the widest figure; in a narrower one numbers in cells would overlap."""
+WIDTHS = (WIDTH, 20.0)
+"""Inches: the narrowest and the widest figure; in a narrower one labels would be cut off."""
 DPI = 200
 """Dots per inch of PNG files."""
 FORMATS = ("png", "pdf")

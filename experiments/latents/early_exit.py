@@ -31,7 +31,7 @@ from sklearn.metrics import roc_auc_score
 from codi.decode import decode_answers
 from codi.forced import forced
 from experiments.figures.series import draw_series
-from experiments.figures.style import CONTROL, FAINT, SERIES, legend, new_figure
+from experiments.figures.style import CONTROL, FAINT, SERIES, legend, new_figure, number_text
 from experiments.latents.claims import STAR, number_questions, sizes_table
 from experiments.latents.options import EarlyExitOptions
 from experiments.statistics.clusters import Settings, cluster_codes, cluster_sums, interval_of
@@ -335,7 +335,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
 
 
 def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float, seen: str) -> list[Section]:
-    """The summary, section by section; `seen` says what policies could lose or gain so that it showed."""
+    """The summary, section by section; `seen` says what the run can see, and policies could lose or gain."""
     n, cost = plan.n_latents, tables["cost"]
     found = []
     for name in ("confidence", "stable", "oracle"):
@@ -350,10 +350,8 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float, seen
         change = row_of(tables["policies"], policy(name), policy(name, shuffled=True))
         control.append(f"{name} {interval(change, 'difference')} points ({p_text(change['p'])})")
     return [
-        Section(_by_latents(plan, tables)),
-        Section(
-            f"Threshold {threshold:.3f} from the derivation prompts. {'; '.join(found)}. {seen}".strip(), "Policies"
-        ),
+        Section(_by_latents(plan, tables, seen)),
+        Section(f"Threshold {threshold:.3f} from the derivation prompts. {'; '.join(found)}.", "Policies"),
         Section(
             "Against the same stopping times dealt out to other prompts: " + "; ".join(control) + ".",
             "Is it the prompt that decides?",
@@ -361,13 +359,13 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], threshold: float, seen
     ]
 
 
-def _by_latents(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> str:
+def _by_latents(plan: Plan, tables: Mapping[str, pd.DataFrame], seen: str) -> str:
     """Accuracy, gain, agreement and calibration after each number of latents."""
     final, size = row_of(tables["exits"], after(plan.n_latents)), row_of(tables["sizes"], {"table": "steps"})
     lines = [
         f"{int(final['n'])} prompts of {plan.asked} in {int(final['n_clusters'])} clusters; per cent, "
         f"{100 * plan.settings.level:g} % intervals over clusters. Gain: against one latent fewer ({STAR}, "
-        f"{100 * size['size']:.1f} points: {size['words']}).",
+        f"{100 * size['size']:.1f} points: {size['words']}). {seen}".strip(),
         "",
         "| latents | accuracy | gain | same answer as in the end | confidence | ECE | Brier skill | AUROC |",
         "|---|---|---|---|---|---|---|---|",
@@ -382,7 +380,7 @@ def _by_latents(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> str:
         lines.append(
             f"| {k} | {shares[0]} | {gain} | {shares[1]} | "
             f"{row['confidence']:.2f} | {row['ece']:.3f} [{row['ece_lower']:.3f}, {row['ece_upper']:.3f}] | "
-            f"{row['skill']:.2f} | {row['auroc']:.2f} |"
+            f"{number_text(row['skill'])} | {number_text(row['auroc'])} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""`codi probes`: what a linear map can read from each latent, in each space and layer, on numbers it has not seen.
+"""`codi probes`: what a linear map reads from each latent, space and layer, on combinations of numbers it has not seen.
 
 For every space (h: residual stream, z: the fed embedding, keys, values), latent and layer a linear classifier is fitted
 to each target (operation, operands, step1, step2, …, answer) and scored on held-out prompts: by number triple, and for

@@ -280,7 +280,8 @@ def difference_claims(table: pd.DataFrame, n: int, n_clusters: int) -> ClaimsTab
     """S6 per lens: do cells of the grid whose latents have the same parities share their tokens more than others do?
 
     Statistic: overlap (share of the top tokens in common) of two cells with the same (parity of A, parity of B), minus
-    that of other two cells, mean over layers. p: all relabellings of the latents into two groups of these sizes.
+    that of other two cells, mean over layers. p: all relabellings of the latents into two groups of these sizes. There
+    is no interval of it, so that a pattern can be found but not excluded.
     """
     claims = ClaimsTable()
     latents = sorted(set(table["source"]) | set(table["target"]))
@@ -303,13 +304,13 @@ def difference_claims(table: pd.DataFrame, n: int, n_clusters: int) -> ClaimsTab
                 f"S6, lens {lens}",
                 "the difference lens shows no pattern over A and B",
                 "overlap of the top tokens of cells with equal parities minus that of the others; not held if p < 0.05",
-                "not testable" if smallest >= 0.05 else "not held" if p < 0.05 else "held",
+                "not testable" if smallest >= 0.05 else "not held" if p < 0.05 else "undecided",
                 observed,
                 n=n,
                 n_clusters=n_clusters,
                 note=f"p = {p:.3f} over {len(every)} relabellings of the latents, of which the smallest possible is "
                 f"{smallest:.3f}: "
-                + ("too few latents to find any pattern" if smallest >= 0.05 else "“held” means that none was found"),
+                + ("too few latents to find any pattern" if smallest >= 0.05 else "not found is not excluded"),
             )
         )
     return claims

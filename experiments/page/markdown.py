@@ -92,7 +92,7 @@ def claims_table(known: Sequence[Found]) -> list[str]:
     for one in known:
         for claim in (one.result.claims if one.result else None) or ():
             number = "–" if claim.verdict == "not testable" else claim.number
-            cells = (f"`{one.entry.words}`", claim.name, claim.statement, number, f"**{claim.answer}**")
+            cells = (one.entry.called(), claim.name, claim.statement, number, f"**{claim.answer}**")
             rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return ["| study | claim | statement | number | verdict |", "|---|---|---|---|---|", *rows] if rows else []
 
@@ -119,7 +119,7 @@ def section(one: Found, figures: Mapping[str, str]) -> list[str]:
         one: the study.
         figures: name of a figure -> where the page finds its picture.
     """
-    head = [f"## `codi {one.entry.words}`", "", one.entry.question, ""]
+    head = [f"## {one.entry.called('codi ')}", "", one.entry.question, ""]
     if one.lacking:
         return [*head, one.lacking, ""]
     if one.result is None:

@@ -1,14 +1,16 @@
-"""The studies that `codi findings` runs and shows: how each is called, and what of it is on the page. Data alone."""
+"""The studies that pages of findings run and show: how each is called, and what of it is on the page. Data alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 from experiments.commands import COMMANDS
 from experiments.study.option_class import Options
 
-__all__ = ["STUDIES", "Entry"]
+__all__ = ["LANGUAGE_STUDIES", "STUDIES", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Entry:
         question: one line for the page.
         figures: names of the figures that are shown, in this order.
         reads: option that names a folder which another study wrote, and that study.
+        model: of a page about several models, the one that it is run on.
     """
 
     name: str
@@ -28,6 +31,17 @@ class Entry:
     question: str
     figures: tuple[str, ...] = ()
     reads: tuple[str, str] | None = None
+    model: str = ""
+
+    def on(self, model: str) -> Entry:
+        """The same study on one of several models, its folder and pictures named after both."""
+        label = Path(model).name
+        reads = None if self.reads is None else (self.reads[0], f"{label}-{self.reads[1]}")
+        return dataclasses.replace(self, name=f"{label}-{self.name}", reads=reads, model=model)
+
+    def called(self, before: str = "") -> str:
+        """Its command, with a word before it, and the model where the page is about several."""
+        return f"`{before}{self.words}`" + (f", {Path(self.model).name}" if self.model else "")
 
     @property
     def words(self) -> str:
@@ -65,3 +79,6 @@ STUDIES: tuple[Entry, ...] = (
     Entry("early-exit", ("early-exit",), "Answering after each latent.", ("early-exit",)),
     Entry("pca", ("pca",), "Components, and where each edit's effect goes.", ("components", "where")),
 )
+
+LANGUAGE_STUDIES: tuple[Entry, ...] = ()
+"""Studies of ordinary language models."""

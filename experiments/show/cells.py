@@ -57,15 +57,22 @@ def _text(column: str) -> ds.Expression:
     return ds.field(column).cast(pa.string())
 
 
-def there(run: Path) -> dict[str, list[Any]]:
-    """What a run tried: space, part, timing, pair (as A-B, A < B), latent, coefficient and draw, each sorted."""
+def _tried(run: Path) -> pd.DataFrame:
+    """Every edit of a run: one row per space, part, timing, control, pair, coefficient, latent and draw."""
     columns = [*_NAMES, "control", "source", "target", "coefficient", "latent", "draw"]
     tables = []
     for fragment in _dataset(run).get_fragments():  # in parts: few distinct rows each
         tables.append(fragment.to_table(columns=columns).to_pandas().drop_duplicates())
     table = pd.concat(tables, ignore_index=True)
-    for name in (*_NAMES, "control"):
-        table[name] = table[name].astype(str)
+    return table.astype({name: str for name in (*_NAMES, "control")}).drop_duplicates()
+
+
+def there(run: Path) -> dict[str, list[Any]]:
+    """What a run tried: space, part, timing, pair (as A-B, A < B), latent, |coefficient| and draw, each sorted."""
+    return _parts_of(_tried(run))
+
+
+def _parts_of(table: pd.DataFrame) -> dict[str, list[Any]]:
     edits, draws = table[table["control"] == "direction"], table[table["control"] == "random"]
     found: dict[str, list[Any]] = {name: sorted(edits[name].unique()) for name in _NAMES}
     pairs = sorted({(int(a), int(b)) for a, b in zip(edits["source"], edits["target"], strict=True)})
@@ -153,7 +160,8 @@ def _unknown(
     run: Path, pair: tuple[int, int], latent: int, coefficient: float, draw: int | None, only: Mapping[str, str | None]
 ) -> str:
     """Which part of the name of a cell the run does not have, and what it has."""
-    known = there(run)
+    tried = _tried(run)
+    known = _parts_of(tried)
     asked: dict[str, Any] = {
         **{name: value for name, value in only.items() if value is not None},
         "pair": f"{min(pair)}-{max(pair)}", "latent": latent, "coefficient": abs(coefficient),
@@ -161,10 +169,19 @@ def _unknown(
     if draw is not None:
         asked["draw"] = draw
     odd = [name for name, value in asked.items() if value not in known[name]]
-    names = odd or list(asked)
-    told = "; ".join(f"{name} {listing(name, known[name])}" for name in names)
-    what = ", ".join(f"{name} {asked[name]:g}" if name == "coefficient" else f"{name} {asked[name]}" for name in names)
-    return f"{run} holds no such cell: no {what}{'' if odd else ' together'}; there are: {told}"
+    if not odd:  # each of them was run, but not together
+        a, b = min(pair), max(pair)
+        here = tried[(tried["source"] == a) & (tried["target"] == b) & (tried["control"] == "direction")]
+        sign = 1 if pair == (a, b) else -1
+        signed = ", ".join(f"{c:+g}" for c in sorted(sign * here["coefficient"].unique()))
+        latents = listing("latent", sorted(map(int, here["latent"].unique())))
+        return (
+            f"{run} holds no such cell: pair {pair[0]}-{pair[1]} was run with coefficients {signed}, "
+            f"at latents {latents}, got {coefficient:+g} and {latent}"
+        )
+    told = "; ".join(f"{name} {listing(name, known[name])}" for name in odd)
+    what = ", ".join(f"{name} {asked[name]:g}" if name == "coefficient" else f"{name} {asked[name]}" for name in odd)
+    return f"{run} holds no such cell: no {what}; there are: {told}"
 
 
 def listing(name: str, values: list[Any]) -> str:

@@ -81,9 +81,11 @@ class Claim:
         """Estimate with interval and n, as text; "–" where nothing was measured."""
         if math.isnan(self.estimate):
             return "–"
-        interval = "" if math.isnan(self.lower) else f" [{self.lower:.3f}, {self.upper:.3f}]"
+        # plus 0.0: no minus before a zero
+        estimate, lower, upper = (f"{round(x, 3) + 0.0:.3f}" for x in (self.estimate, self.lower, self.upper))
+        interval = "" if math.isnan(self.lower) else f" [{lower}, {upper}]"
         clusters = f" in {self.n_clusters} clusters" if self.n_clusters else ""
-        return f"{self.estimate:.3f}{interval}, n = {self.n}{clusters}"
+        return f"{estimate}{interval}, n = {self.n}{clusters}"
 
     @property
     def answer(self) -> str:

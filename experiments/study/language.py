@@ -1,4 +1,4 @@
-"""Options of studies on ordinary language models: which model, and how a request becomes its text.
+"""Options of studies on ordinary language models: which model, how a request becomes its text, which items are asked.
 
 The counterpart of `ModelOptions` (options.py) for models that have no latents. Imports neither torch nor pandas until
 `load` is called.
@@ -7,7 +7,7 @@ The counterpart of `ModelOptions` (options.py) for models that have no latents. 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,9 +16,10 @@ from experiments.study.options import Options
 from lm.terms import Attention, Device, Dtype
 
 if TYPE_CHECKING:
+    from experiments.tasks.items import ItemSplits
     from lm.model import LanguageModel
 
-__all__ = ["LanguageOptions", "load_language_model"]
+__all__ = ["ItemOptions", "LanguageOptions", "load_language_model"]
 
 SMOLLM2 = "checkpoints/smollm2"
 
@@ -75,6 +76,56 @@ class LanguageOptions(Options):
         from lm.places import refuse_missing
 
         refuse_missing(self.model, Path(self.model).expanduser())
+
+
+@dataclass(frozen=True)
+class ItemOptions(Options):
+    """Which items are asked, how many, and what stands around them."""
+
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"derivation": 2, "validation": 1, "limit": 1, "examples": 0}
+
+    task: str = "indirect-objects-A"
+    """Task: indirect-objects-A, -B, -AL, -BL, -H, -HL, babi-15, babi-16, ontology-1 to -3, arithmetic, gsm8k,
+    multiarith, svamp, a file with question and answer (choices if you like), a folder, a hub id, or mmlu:PLACE,
+    arc:PLACE, agieval:PLACE, bigbench:PLACE."""
+    limit: int = 60
+    """Most items that results are reported on (test)."""
+    validation: int = 40
+    """Most items that anything is chosen on; they share nothing with the others."""
+    derivation: int = 100
+    """Most items that vectors are taken from; they share nothing with the others."""
+    examples: int = 0
+    """Solved examples before every question (published: 0 or 1); beside the derivation items."""
+    instruction: str = ""
+    """Text behind every question, such as 'Answer with one word.'; not used where the model goes on with a text."""
+
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        from experiments.tasks.item_sources import check_item_task
+
+        check_item_task(self.task)
+
+    def load_items(self, seed: int, tokenizer: Any, task: str | None = None) -> ItemSplits:
+        """The items in three parts; the examples are the first ones of the derivation items.
+
+        Args:
+            seed: of generator, division and choice.
+            tokenizer: of the model.
+            task: None: the option.
+
+        Raises:
+            ValueError: no such task, or too few items.
+        """
+        from experiments.tasks.item_sources import Sizes, load_items
+
+        sizes = Sizes(self.derivation + self.examples, self.validation, self.limit)
+        found = load_items(task or self.task, sizes, seed, tokenizer)
+        if len(found.derivation) < self.examples + 2:
+            raise ValueError(
+                f"{task or self.task}: {len(found.derivation)} derivation items are too few for vectors and "
+                f"{self.examples} examples: at least {self.examples + 2} are needed"
+            )
+        return found
 
 
 def load_language_model(**arguments: Any) -> LanguageModel:

@@ -27,8 +27,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {_short(before)} -> {_short(after)}")
+        elif before != after:  # what is only in one of them has its default in the other
+            shown = [_short(one[key]) if key in one else "not given" for one in (old, new)]
+            lines.append(f"{prefix}{key}: {' -> '.join(shown)}")
     return lines
 
 

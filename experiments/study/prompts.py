@@ -156,7 +156,8 @@ def _known(split: Split, steps: int, task: str, derivation_task: str | None = No
             if any(problem.steps for problem in short) or source in TASK_NAMES:
                 advice = f"give --min-steps {steps}, or use the task 'templates'"
             raise ValueError(
-                f"{source}: this study needs prompts with {steps} known intermediate values; {len(short)} of "
-                f"{len(side)} have fewer, {short[0].prompt_id!r} has {len(short[0].intermediates)}: {advice}"
+                f"{source}: this study needs prompts with at least {steps} known intermediate "
+                f"value{'s' if steps > 1 else ''}; {len(short)} of {len(side)} have fewer, {short[0].prompt_id!r} has "
+                f"{len(short[0].intermediates)}: {advice}"
             )
     return split

@@ -227,6 +227,12 @@ class SweepOptions(ControlOptions, AnswerOptions, RunOptions, PublishedPromptOpt
         for name in ("latents", "layers", "kv_heads"):
             parse_numbers(name.replace("_", "-"), getattr(self, name), None)
 
+    def check_inputs(self) -> None:
+        super().check_inputs()
+        number = self.known_latents()
+        parse_numbers("latents", self.latents, number)
+        parse_pairs(self.pairs, number)
+
     def check_legacy(self) -> None:
         """Refuse what the published scripts cannot do.
 
@@ -346,7 +352,7 @@ class PlotOptions(SettingOptions):
     caption: bool = True
     """Write the caption below every figure: what it shows, how many prompts, which intervals."""
     width: float = WIDTH
-    """Inches. Panels grow or shrink with it, letters keep their size."""
+    """Inches, from 7.2 (a page): panels grow with it, letters keep their size."""
     scale: Colours = "shared"
     """Colours of differences: shared, one range for all |c| of a space and timing, so that figures can be compared
     (large effects at a large |c| leave small ones pale); each, one range for each |c|; or half the range in points,

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from codi import CodiModel
     from codi.edits import EditTable
 
-__all__ = ["latent_means", "main", "parts", "sweep", "trials_of", "tried_directions"]
+__all__ = ["latent_means", "main", "parts", "sweep", "trials_of", "tried_directions", "unsteered"]
 
 Means = tuple[LatentMeans, ControlDraws | None]
 
@@ -150,6 +150,8 @@ def carry_out(plan: Plan, bench: Workbench, say: Callable[[str], None], executor
         write_prompts(folder, plan.split)
         missing = [part for part in parts(plan) if not folder.has_part(part.name, part.schema, part.rows)]
         todo = sum(part.rows or 0 for part in missing)
+        if missing and not plan.legacy:  # which answers with one token, from part of the vocabulary
+            say(unsteered(plan, bench.model))
         with tqdm(total=plan.n_trials, initial=plan.n_trials - todo, unit="trial", unit_scale=True, **_bar()) as bar:
             bench.advance = bar.update
             for space, group in itertools.groupby(missing, key=lambda part: part.arguments["job"].space):
@@ -163,6 +165,22 @@ def carry_out(plan: Plan, bench: Workbench, say: Callable[[str], None], executor
         folder.add_to_manifest(sittings=sittings, finished=when(time.time()))
         say(f"{todo:,} trials in {seconds:.0f} s" + (f", {todo / seconds:,.0f} per second" if todo else ""))
     return folder
+
+
+def unsteered(plan: Plan, model: CodiModel) -> str:
+    """How many prompts the model answers right without any edit, before an edit is tried; and what cannot be seen then.
+
+    The whole thought; the first exits of an early-exit sweep are less often right.
+    """
+    prompts = plan.split.evaluation
+    texts = model.answer([problem.question for problem in prompts], max_new_tokens=plan.max_new_tokens)
+    right = sum(problem.is_answered_by(text) for problem, text in zip(prompts, texts, strict=True))
+    line = f"  unsteered, {right} of {len(prompts)} prompts are answered right"
+    if right == 0:
+        return f"{line}: no edit can be seen to do harm here; take prompts that the model can answer"
+    if right == len(prompts):
+        return f"{line}: no edit can be seen to improve anything here; take harder prompts"
+    return line
 
 
 def _stored_means(folder: RunFolder, plan: Plan, space: Space, bench: Workbench, say: Callable[[str], None]) -> Means:

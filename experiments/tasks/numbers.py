@@ -188,7 +188,7 @@ def read_number(text: str, decimal_comma: bool = False) -> Fraction:
         written = comma.replace(".", "").replace(",", ".")
         raise ValueError(
             f"{shown(comma)} has a decimal comma or a group that is not three digits: write {written[:40]}, "
-            "or say that commas are decimal (decimal_comma)"
+            "or say that commas are decimal (--decimal-comma)"
         )
     if decimal_comma and (point := _POINT_AS_DECIMAL.search(field)):
         raise ValueError(f"{shown(point[0])} has a decimal point where commas are decimal: write it with a comma")

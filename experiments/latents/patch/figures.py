@@ -40,7 +40,7 @@ def captions(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "values": "Answers that are the predicted one when a latent is the mean of prompts with another value of a "
         f"step, minus those when it is a third value's; {intervals(plan)}.",
         "interchange": "Change of accuracy, and answers that become the donor's (beyond a third prompt's), with parts "
-        f"of latents taken from another prompt. {MARKS}",
+        f"of latents taken from another prompt. {MARKS.rstrip('.')}, by more than the size that matters.",
     }
     return {name: found[name] for name in _drawn(plan, tables)}
 
@@ -101,10 +101,10 @@ def _interchange_figure(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Figur
         (axes[0, 0], tables["interchange_correct"], "Change of accuracy (points)"),
         (axes[0, 1], tables["interchange_donor"], "Donor's answer, above chance (points)"),
     ):
-        index = table.set_index(["kind", "level", "layer", "replaced"])[["difference", "q"]]
+        index = table.set_index(["kind", "level", "layer", "replaced"])[["difference", "matters"]]
         wanted = [[tuple(moved("other", level, chosen).values()) for chosen in sets] for level in levels]
         values = np.array([[100 * index["difference"].get(name, np.nan) for name in row] for row in wanted])
-        strong = np.array([[index["q"].get(name, 1.0) < 0.05 for name in row] for row in wanted])
+        strong = np.array([[bool(index["matters"].get(name, False)) for name in row] for row in wanted])
         labels = ["all", *(str(k) for k in range(1, n + 1))]
         draw_matrix(axis, values, [level_name(level) for level in levels], labels, title, form="+.0f",
                     significant=strong, bar=False, scale=scale)  # fmt: skip

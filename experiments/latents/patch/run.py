@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.latents.claims import claimed_latents
+from experiments.latents.claims import claimed_latents, sizes_table
 from experiments.latents.options import PatchOptions
 from experiments.latents.patch import interchange as exchange
 from experiments.latents.patch import means, values
@@ -27,11 +27,16 @@ from experiments.latents.patch.claims import claims_of
 from experiments.latents.patch.figures import captions, figures
 from experiments.latents.patch.plan import Plan, make_plan
 from experiments.latents.patch.summary import words
-from experiments.statistics.effects import Selector, compare, levels
+from experiments.statistics.effects import Selector, levels, weighed
+from experiments.statistics.sizes import Smallest
+from experiments.study.limits import limits
 from experiments.study.parts import Part
 from experiments.study.run import Findings, Study, Trials
 
 __all__ = ["STUDY", "Plan", "main", "run"]
+
+Made = tuple[dict[str, pd.DataFrame], dict[str, Smallest]]
+"""Tables, and the size that matters in those of effects, by their names."""
 
 
 # --- Parts ---------------------------------------------------------------------------------------------------
@@ -54,15 +59,15 @@ def parts(plan: Plan) -> list[Part]:
 
 
 def tables_of(plan: Plan, trials: Trials) -> dict[str, pd.DataFrame]:
-    """Every table of the study."""
+    """Every table of the study; `sizes` says by table which size of an effect matters."""
     found: dict[str, pd.DataFrame] = {}
-    if "means" in trials:
-        found |= _mean_tables(trials["means"], plan)
-    if "values" in trials:
-        found |= _value_tables(trials["values"], plan)
-    if "interchange" in trials:
-        found |= _interchange_tables(trials["interchange"], plan)
-    return found
+    sizes: dict[str, Smallest] = {}
+    for name, make in (("means", _mean_tables), ("values", _value_tables), ("interchange", _interchange_tables)):
+        if name in trials:
+            tables, mine = make(trials[name], plan)
+            found |= tables
+            sizes |= mine
+    return {**found, "sizes": sizes_table(sizes)}
 
 
 def _conditions(trials: pd.DataFrame, by: Sequence[str]) -> list[dict[str, Any]]:
@@ -71,17 +76,15 @@ def _conditions(trials: pd.DataFrame, by: Sequence[str]) -> list[dict[str, Any]]
     return [dict(zip(by, one, strict=True)) for one in names]
 
 
-def _mean_tables(trials: pd.DataFrame, plan: Plan) -> dict[str, pd.DataFrame]:
+def _mean_tables(trials: pd.DataFrame, plan: Plan) -> Made:
     n, by, settings = plan.n_latents, means.BY, plan.settings
     contrasts: list[tuple[Selector, Selector]] = [
         (one, means.UNEDITED) for one in _conditions(trials[trials["kind"] != "none"], by)
     ]
     for latents in (range(1, n + 1), *([k] for k in range(1, n + 1))):
         contrasts.append((means.replaced("other key", latents), means.replaced("same key", latents)))
-    found = {
-        "means": compare(trials, contrasts, by, settings=settings),
-        "means_levels": levels(trials, by, settings=settings),
-    }
+    effects, size = weighed(trials, contrasts, by, settings=settings)
+    found = {"means": effects, "means_levels": levels(trials, by, settings=settings)}
     if n >= 5:
         found["claimed_latents"] = claimed_latents(
             trials,
@@ -89,39 +92,44 @@ def _mean_tables(trials: pd.DataFrame, plan: Plan) -> dict[str, pd.DataFrame]:
             n,
             settings=settings,
         )
-    return found
+    return found, {"means": size}
 
 
-def _value_tables(trials: pd.DataFrame, plan: Plan) -> dict[str, pd.DataFrame]:
+def _value_tables(trials: pd.DataFrame, plan: Plan) -> Made:
     by, settings = values.BY, plan.settings
     targets = _conditions(trials[trials["kind"] == "target"], by)
     contrasts: list[tuple[Selector, Selector]] = [(one, {**one, "kind": "control"}) for one in targets]
-    found = {
-        f"values_{outcome}": compare(trials, contrasts, by, outcome, settings)
-        for outcome in ("hit", "local", "propagated")
-    }
-    return {**found, "values_levels": levels(trials, by, "hit", settings)}
+    made = {f"values_{name}": weighed(trials, contrasts, by, name, settings) for name in ("hit", "local", "propagated")}
+    found = {name: table for name, (table, _) in made.items()}
+    sizes = {name: size for name, (_, size) in made.items()}
+    return {**found, "values_levels": levels(trials, by, "hit", settings)}, sizes
 
 
-def _interchange_tables(trials: pd.DataFrame, plan: Plan) -> dict[str, pd.DataFrame]:
+def _interchange_tables(trials: pd.DataFrame, plan: Plan) -> Made:
     """Change of accuracy; and how often the answer is what the donor predicts, against how often it is a third
     prompt's (column reference_mean)."""
     by, settings = exchange.BY, plan.settings
     edited = trials[trials["kind"] != "none"]
     tried = _conditions(edited, by)
-    found = {"interchange_correct": compare(trials, [(one, exchange.UNEDITED) for one in tried], by, settings=settings)}
+    changed: list[tuple[Selector, Selector]] = [(one, exchange.UNEDITED) for one in tried]
+    # the size that matters is read from the donors that every prompt has
+    of = [pair for pair in changed if pair[0]["kind"] == "other"]
+    effects, size = weighed(trials, changed, by, settings=settings, of=of or None)
+    found, sizes = {"interchange_correct": effects}, {"interchange_correct": size}
     contrasts: list[tuple[Selector, Selector]] = [
         ({**one, "by_chance": False}, {**one, "by_chance": True}) for one in tried
     ]
+    of = [pair for pair in contrasts if pair[0]["kind"] == "other"]
     kept = [*by, *(f"reference_{column}" for column in (*by, "by_chance")), "by_chance"]
     for outcome in ("donor", *(f"{name}_hit" for name in exchange.MIXED)):
         both = pd.concat([
             edited.assign(value=edited[outcome], by_chance=False),
             edited.assign(value=edited["chance"], by_chance=True),
         ])  # fmt: skip
-        table = compare(both, contrasts, [*by, "by_chance"], "value", settings)
-        found[f"interchange_{outcome}"] = table.drop(columns=[name for name in kept if name not in by])
-    return found
+        name = f"interchange_{outcome}"
+        table, sizes[name] = weighed(both, contrasts, [*by, "by_chance"], "value", settings, of=of or None)
+        found[name] = table.drop(columns=[name for name in kept if name not in by])
+    return found, sizes
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------
@@ -130,8 +138,13 @@ def _interchange_tables(trials: pd.DataFrame, plan: Plan) -> dict[str, pd.DataFr
 def conclude(plan: Plan, trials: Trials) -> Findings:
     """Tables, figures, claims and words."""
     tables = tables_of(plan, trials)
+    seen = ""
+    for name, table in (("interchange", "interchange_correct"), ("means", "means")):
+        if name in trials:  # the last one has fewer prompts and so sees less
+            unedited = trials[name][trials[name]["kind"] == "none"]
+            seen = limits(unedited, len(tables[table]), plan.settings)
     return Findings(
-        words(plan, tables),
+        words(plan, tables, seen),
         tables,
         lambda: figures(plan, tables),
         captions(plan, tables),
@@ -142,7 +155,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
 STUDY = Study(
     options=PatchOptions,
     title="Patching latents",
-    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=3),
+    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

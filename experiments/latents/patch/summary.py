@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.latents.claims import STAR
 from experiments.latents.patch.interchange import DONORS, Level, levels_of, moved
 from experiments.latents.patch.means import KINDS, UNEDITED, replaced
 from experiments.latents.patch.plan import Plan
@@ -26,11 +27,12 @@ _MIXED = (
     ("step1_propagated_hit", "donor's step 1 carried through"),
     ("step2_local_hit", "own step 1 + donor's step 2"),
 )
+_INTERCHANGED = {"interchange_correct": "accuracy", "interchange_donor": "the donor's answer"}
 
 
-def words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
-    """The summary, section by section."""
-    found = [Section(f"Differences in points of accuracy (per cent of prompts), {intervals(plan)}; * q < 0.05.")]
+def words(plan: Plan, tables: Mapping[str, pd.DataFrame], seen: str) -> list[Section]:
+    """The summary, section by section; `seen` says what the run can see at all."""
+    found = [Section(f"Differences in points of accuracy (per cent of prompts), {intervals(plan)}. {seen}".strip())]
     if "means" in tables:
         found.append(_mean_words(plan, tables))
     if "values_hit" in tables:
@@ -57,7 +59,14 @@ def _sets(n: int) -> list[tuple[str, list[int]]]:
 
 
 def _cell(row: pd.Series | Mapping[str, Any]) -> str:
-    return interval(row, "difference") + ("*" if row["q"] < 0.05 else "")
+    return interval(row, "difference") + ("*" if row["matters"] else "")
+
+
+def _star(tables: Mapping[str, pd.DataFrame], names: Mapping[str, str]) -> list[str]:
+    """What a star below these tables says: name of a table -> what its numbers are called, "" if it is the only one."""
+    rows = {name: row_of(tables["sizes"], {"table": name}) for name in names}
+    sizes = [f"{names[name]} {100 * row['size']:.1f} points ({row['words']})".strip() for name, row in rows.items()]
+    return ["", f"\\{STAR}: {'; '.join(sizes)}."]
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -77,13 +86,14 @@ def _mean_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
         f"{int(base['n'])} prompts whose key is among the derivation prompts; unedited accuracy {interval(base)}. "
         "Change of accuracy, and the other key's mean against the same key's:"
     )
-    return Section("\n".join([text, "", *_table(["latent", *KINDS, "other − same"], lines)]), "Mean patching")
+    table_lines = _table(["latent", *KINDS, "other − same"], lines)
+    return Section("\n".join([text, "", *table_lines, *_star(tables, {"means": ""})]), "Mean patching")
 
 
 def _value_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
     latents = plan.value_latents
-    lines = []
-    for step, outcome, label in PREDICTIONS[2:] if plan.legacy else PREDICTIONS:
+    lines, shown = [], PREDICTIONS[2:] if plan.legacy else PREDICTIONS
+    for step, outcome, label in shown:
         for scope in SCOPES:
             for state in STATES:
                 rows = [row_of(tables[f"values_{outcome}"], patched("target", step, scope, state, k)) for k in latents]
@@ -93,7 +103,11 @@ def _value_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
         "place:"
     )
     heads = ["patch", "prediction", *(f"latent {k}" for k in latents)]
-    return Section("\n".join([text, "", *_table(heads, lines)]), "Value patching")
+    called: dict[str, list[str]] = {}
+    for _, outcome, label in shown:
+        called.setdefault(f"values_{outcome}", []).append(label)
+    star = _star(tables, {name: " and ".join(labels) for name, labels in called.items()})
+    return Section("\n".join([text, "", *_table(heads, lines), *star]), "Value patching")
 
 
 def _interchange_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[Section]:
@@ -105,7 +119,8 @@ def _interchange_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[S
         top = table[table["kind"] == "other"].sort_values("difference").iloc[-1]
         best.append(f"{label}: most often with {_name(top, plan.n_latents)!r}, {_cell(top)}")
     text = f"Neither prompt's own, minus chance: {'; '.join(best)}."
-    return [*found, Section(text, "Mixed answers")]
+    star = _star(tables, {f"interchange_{outcome}": label for outcome, label in _MIXED})
+    return [*found, Section("\n".join([text, *star]), "Mixed answers")]
 
 
 def _donor_words(plan: Plan, tables: Mapping[str, pd.DataFrame], kind: str) -> Section:
@@ -120,10 +135,12 @@ def _donor_words(plan: Plan, tables: Mapping[str, pd.DataFrame], kind: str) -> S
             rows = [_found(accuracy, name), *([] if kind == "twin" else [_found(answers, name)])]
             cells.append(" / ".join(_points(row) for row in rows if row is not None))
         lines.append([level_name(level), *cells])
+    star = _star(tables, _INTERCHANGED) if kind == DONORS[0] else []
     read = "" if kind == "twin" else " / share that gives the donor's answer, minus a third prompt's (the chance level)"
     heads = ["level", "all", *(str(k) for k in range(1, plan.n_latents + 1))]
     return Section(
-        "\n".join([f"Change of accuracy{read}:", "", *_table(heads, lines)]), f"Interchange with {_TITLES[kind]}"
+        "\n".join([f"Change of accuracy{read}:", "", *_table(heads, lines), *star]),
+        f"Interchange with {_TITLES[kind]}",
     )
 
 
@@ -134,7 +151,7 @@ def _found(table: pd.DataFrame, name: Selector) -> Mapping[str, Any] | None:
 
 
 def _points(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['difference']:+.0f}{'*' if row['q'] < 0.05 else ''}".replace("-", "−")
+    return f"{100 * row['difference']:+.0f}{'*' if row['matters'] else ''}".replace("-", "−")
 
 
 def _name(row: pd.Series, n: int) -> str:

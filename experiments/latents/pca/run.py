@@ -19,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from experiments.latents.claims import sizes_table
 from experiments.latents.options import PcaOptions
 from experiments.latents.pca import along, components, grid, where
 from experiments.latents.pca.claims import claims_of
@@ -27,7 +28,7 @@ from experiments.latents.pca.parity import parity_table
 from experiments.latents.pca.plan import Plan, make_plan
 from experiments.latents.pca.summary import words
 from experiments.statistics.clusters import Settings
-from experiments.statistics.effects import Selector, compare, levels
+from experiments.statistics.effects import Selector, compare, levels, weighed
 from experiments.study.edits.cells import cell_statistics
 from experiments.study.edits.pairing import families, named
 from experiments.study.edits.verdicts import judge_cells
@@ -86,12 +87,13 @@ def _cell_tables(trials: pd.DataFrame, settings: Settings) -> dict[str, pd.DataF
 def _along_tables(trials: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:
     steered = trials.loc[trials["kind"] == "component", list(along.BY)].drop_duplicates()
     tried = [dict(zip(along.BY, one, strict=True)) for one in steered.itertuples(index=False, name=None)]
-    baseline = [(one, along.along(one["space"], one["latent"])) for one in tried]
-    random = [(one, {**one, "kind": "random"}) for one in tried]
-    return {
-        "along_baseline": compare(trials, baseline, along.BY, settings=settings),
-        "along_random": compare(trials, random, along.BY, settings=settings),
+    found: dict[str, list[tuple[Selector, Selector]]] = {
+        "along_baseline": [(one, along.along(one["space"], one["latent"])) for one in tried],
+        "along_random": [(one, {**one, "kind": "random"}) for one in tried],
     }
+    made = {name: weighed(trials, pairs, along.BY, settings=settings) for name, pairs in found.items()}
+    sizes = sizes_table({name: size for name, (_, size) in made.items()})
+    return {**{name: table for name, (table, _) in made.items()}, "sizes": sizes}
 
 
 def _grid_tables(rates: pd.DataFrame, settings: Settings) -> dict[str, pd.DataFrame]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from experiments.latents.claims import STAR
 from experiments.latents.pca.along import SPACES
 from experiments.latents.pca.components import QUANTITIES
 from experiments.latents.pca.plan import Plan
@@ -97,13 +98,14 @@ def _along_words(tables: Tables) -> str:
         part = part[part["space"] == space]
         beyond = tables["along_random"]
         beyond = beyond[beyond["space"] == space]
-        text = f"{space}: {int((beyond['q'] < 0.05).sum())} of {len(beyond)} differ from random directions (q < 0.05)"
+        text = f"{space}: {int(beyond['matters'].sum())} of {len(beyond)} differ from random directions*"
         if len(part):
             worst = part.sort_values("difference").iloc[0]
             name = f"{space} {worst['latent']} pc{worst['component']} {'+' if worst['sign'] > 0 else '−'}"
             text += f"; largest change {name} {interval(worst, 'difference')} points"
         found.append(text)
-    return f"Early exit: {'; '.join(found)}."
+    size = row_of(tables["sizes"], {"table": "along_random"})
+    return f"Early exit: {'; '.join(found)}.\n\n\\{STAR}: {100 * size['size']:.1f} points ({size['words']})."
 
 
 def _cell_words(plan: Plan, tables: Tables) -> str:

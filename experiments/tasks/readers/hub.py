@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.tasks.problem import Problem
-from experiments.tasks.readers.files import FILE_TYPES
+from experiments.tasks.readers.files import FILE_TYPES, Placed
 from experiments.tasks.readers.records import problems_of, unique
 
-__all__ = ["HUB_DEFAULTS", "TASK_HELP", "named", "read_hub"]
+__all__ = ["HUB_DEFAULTS", "TASK_HELP", "hub_records", "named", "read_hub"]
 
 # hub id -> (configuration, split that the published CODI evaluation reads)
 HUB_DEFAULTS: dict[str, tuple[str | None, str]] = {
@@ -30,16 +30,35 @@ TASK_HELP = (
 
 
 def read_hub(source: str, split: str = "test", decimal_comma: bool = False) -> list[Problem]:
-    """Problems of a hub data set or of a local folder in the same layout, through `datasets`.
+    """Problems of a hub data set or of a local folder in the same layout.
+
+    Args:
+        source, split: see `hub_records`.
+        decimal_comma: see `read_problems`.
+
+    Raises:
+        ValueError: it cannot be loaded, there is no such split, or a record is refused.
+    """
+    stem = Path(named(source)[0]).name
+    problems: list[tuple[str, Problem]] = []
+    for part, placed in hub_records(source, split).items():
+        problems += problems_of(placed, f"{source} ({part})", f"{stem}-{part}", decimal_comma)
+    return unique(problems, source)
+
+
+def hub_records(source: str, split: str = "test") -> dict[str, list[Placed]]:
+    """Records of a hub data set or of a local folder in the same layout, through `datasets`.
 
     Args:
         source: hub id or folder, with an optional configuration after a colon ("openai/gsm8k", "openai/gsm8k:main"). A
             folder with the last name of a known hub data set is taken for a copy of it.
         split: a split of the data set, "train+test" for both, or "published" (see `HUB_DEFAULTS`).
-        decimal_comma: see `read_problems`.
+
+    Returns:
+        By split, in the order that was asked for: records with their places.
 
     Raises:
-        ValueError: it cannot be loaded, there is no such split, or a record is refused.
+        ValueError: it cannot be loaded, or there is no such split.
     """
     import datasets
     import pyarrow
@@ -69,13 +88,10 @@ def read_hub(source: str, split: str = "test", decimal_comma: bool = False) -> l
     missing = [part for part in wanted if part not in data]
     if missing:
         raise ValueError(f"data set {source!r} has no split {missing[0]!r}; allowed: {', '.join(map(str, data))}")
-    stem = Path(name).name
-    problems: list[tuple[str, Problem]] = []
-    for part in wanted:
-        place = f"{source} ({part})"
-        placed = [(f"{place}: record {number}", record) for number, record in enumerate(data[part], start=1)]
-        problems += problems_of(placed, place, f"{stem}-{part}", decimal_comma)
-    return unique(problems, source)
+    return {
+        part: [(f"{source} ({part}): record {number}", record) for number, record in enumerate(data[part], start=1)]
+        for part in wanted
+    }
 
 
 def named(source: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from experiments.tasks.numbers import shown
 from experiments.tasks.problem import Problem
 from experiments.tasks.readers.equations import step_values, steps_of
 from experiments.tasks.readers.files import Line, Placed, Record, names_of
+from lm.characters import half_character
 
 __all__ = ["problems_of", "unique"]
 
@@ -32,7 +33,6 @@ _CONTEXT_FIELDS = (
     *("article", "description", "system", "setup", "facts", "table", "choices", "options"),
 )
 _CHOICE = re.compile(r"(?:choice|option)[_ ]?\w{1,2}")
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 def problems_of(
@@ -270,9 +270,9 @@ def _twins(record: Mapping[str, Any], where: str, prompt_id: str, decimal_comma:
 
 def _whole(text: str, where: str, field: str) -> str:
     """The text, if it is one: half of a surrogate pair is no character and no tokenizer takes it."""
-    if half := _HALF.search(text):
+    if half := half_character(text):
         raise ValueError(
-            f"{where}: the field {field!r} holds half a character ({ascii(half[0])[1:-1]}, a lone surrogate): "
+            f"{where}: the field {field!r} holds half a character ({half}, a lone surrogate): "
             "write the whole character, or leave it out"
         )
     return text

@@ -1,0 +1,1 @@
+"""Circuits of written chains of thought: which heads make each word of the chain."""

@@ -1,0 +1,114 @@
+"""The trials of `codi circuit`: what each item's subtasks predict, and what every patched head does to them.
+
+Knows nothing about what is concluded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+
+from circuits.heads import Heads
+from circuits.patching import Positions, patch
+from experiments.circuit.items import Subtask, subtasks
+from experiments.study.folder import TEXT
+from experiments.study.parts import Workbench
+from experiments.tasks.ontology_corruption import Where
+from lm.text import left_padded
+
+__all__ = ["EFFECTS", "PREDICTIONS", "effects", "predictions"]
+
+_SUBTASK: dict[str, pa.DataType] = {"item": pa.int32(), "subtask": pa.int16(), "kind": TEXT}
+PREDICTIONS = pa.schema(
+    {
+        **_SUBTASK,
+        "right": pa.bool_(),
+        "probability": pa.float64(),
+        "tokens": pa.int32(),
+        "tokens_run": pa.int32(),
+    }.items()
+)
+"""One row per item and subtask: whether the gold word is the most probable one; tokens of the text, and from the first
+exchanged one on."""
+EFFECTS = pa.schema(
+    {
+        **_SUBTASK, "block": pa.int16(), "head": pa.int16(), "kl": pa.float64(), "kl_corrupted": pa.float64(),
+        "probability": pa.float64(), "probability_clean": pa.float64(), "probability_corrupted": pa.float64(),
+    }.items()
+)  # fmt: skip
+"""One row per item, subtask that is predicted rightly, and head; KL(clean ‖ ·) in nats, probabilities of the word."""
+
+
+def _heads(bench: Workbench) -> Heads:
+    return Heads(bench.model)
+
+
+def _subtasks_of(bench: Workbench, item: int, where: Where) -> tuple[list[Subtask], pd.DataFrame]:
+    """An item's subtasks, and their rows of the table of predictions from one pass over its whole text."""
+    ontologies = bench.prompts
+    found = subtasks(ontologies.items[item], ontologies.lexicon, bench.model.tokenizer, where)
+    columns: dict[str, list[Any]] = {name: [] for name in PREDICTIONS.names}
+    if found:
+        longest = max((one.probe.clean for one in found), key=len)
+        at = torch.tensor([[len(one.probe.clean) - 1 for one in found]])
+        logits = bench.once(_heads).run(left_padded([longest], bench.model.pad_id), at=at).logits[0].double()
+        said = logits.log_softmax(-1).cpu()
+        for row, one in zip(said, found, strict=True):
+            target = one.probe.target
+            for name, value in (
+                ("item", item), ("subtask", one.number), ("kind", one.kind),
+                ("right", int(row.argmax()) == target), ("probability", float(row[target].exp())),
+                ("tokens", len(one.probe.clean)), ("tokens_run", len(one.probe.clean) - one.probe.changed),
+            ):  # fmt: skip
+                columns[name].append(value)
+    return found, pd.DataFrame(columns)
+
+
+def predictions(bench: Workbench, *, seed: int, items: tuple[int, ...], where: Where) -> pd.DataFrame:
+    """Rows of `PREDICTIONS` of some items."""
+    return pd.concat([bench.once(_subtasks_of, item, where)[1] for item in items], ignore_index=True)
+
+
+def effects(
+    bench: Workbench, *, seed: int, items: tuple[int, ...], where: Where, positions: Positions,
+    blocks: tuple[int, ...], tokens_at_once: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Rows of `EFFECTS` of some items: every head of the blocks, patched one at a time."""
+    chosen: list[tuple[int, Subtask]] = []
+    for item in items:
+        found, table = bench.once(_subtasks_of, item, where)
+        chosen += [(item, one) for one, right in zip(found, table["right"], strict=True) if right]
+    if not chosen:
+        return EFFECTS.empty_table().to_pandas()
+    heads = bench.once(_heads)
+    with bench.bar(
+        len(chosen) * len(blocks) * heads.n_heads, "run", f"items {items[0] + 1} to {items[-1] + 1}"
+    ) as moved:
+        found_effects = patch(
+            heads, [one.probe for _, one in chosen], positions=positions, blocks=blocks,
+            tokens_at_once=tokens_at_once, advance=moved,
+        )  # fmt: skip
+    shape = (len(blocks), heads.n_heads, len(chosen))
+    block, head, probe = (axis.ravel() for axis in np.indices(shape))
+
+    def along(values: torch.Tensor) -> np.ndarray:
+        return values.numpy()[probe]
+
+    return pd.DataFrame(
+        {
+            "item": np.array([item for item, _ in chosen])[probe],
+            "subtask": np.array([one.number for _, one in chosen])[probe],
+            "kind": np.array([one.kind for _, one in chosen])[probe],
+            "block": np.array(blocks)[block],
+            "head": head,
+            "kl": found_effects.values["kl"].numpy().ravel(),
+            "kl_corrupted": along(found_effects.corrupted["kl"]),
+            "probability": found_effects.values["probability"].numpy().ravel(),
+            "probability_clean": along(found_effects.clean["probability"]),
+            "probability_corrupted": along(found_effects.corrupted["probability"]),
+        }
+    )

@@ -1,0 +1,1 @@
+"""`codi control`: control vectors by representation engineering on ordinary language models."""
