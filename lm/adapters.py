@@ -79,6 +79,8 @@ def save_adapter(adapted: Any, folder: Path, *, base: str, base_hash: str, form:
     config = adapted.peft_config["default"]
     named = os.path.relpath(Path(base).expanduser(), folder) if Path(base).expanduser().is_dir() else base
     config.base_model_name_or_path, config.inference_mode = named, True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # peft keeps a set: the file would differ by the run
     config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     kept = {name: weight.detach().to(torch.bfloat16).cpu().contiguous() for name, weight in weights.items()}
