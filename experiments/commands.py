@@ -78,6 +78,16 @@ COMMANDS: dict[str, Command] = {
         "experiments.train.run:main",
         "train a CODI model: teacher, then self-distillation",
     ),
+    "tune": Command(
+        "experiments.tune.options:TuneOptions",
+        "experiments.tune.run:main",
+        "train a LoRA adapter that writes a chain when asked for steps and answers at once otherwise",
+    ),
+    "reasoner": Command(
+        "experiments.tune.options:ReasonerOptions",
+        "experiments.tune.reasoner:main",
+        "chains and accuracy of a language model asked for steps, for the answer at once, or for nothing",
+    ),
     "lens": Command(
         "experiments.lens.options:OPTIONS",
         "experiments.lens.run:main",

@@ -3,14 +3,23 @@ peft is touched, and only when it is called for: it takes seconds to import."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UserError
-from lm.weights import UNREADABLE
+import torch
 
-__all__ = ["add_adapter", "merge_adapter"]
+from lm.errors import UserError
+from lm.terms import TextForm
+from lm.weights import ADAPTER_FILES, UNREADABLE
+
+__all__ = ["FORM_FILE", "add_adapter", "merge_adapter", "save_adapter"]
+
+FORM_FILE = "lm.json"
+"""Beside an adapter: the form of text that it was trained on and the base's identity,
+{"form": "response", "base": {"name": …, "weights_hash": …}}."""
 
 
 def add_adapter(
@@ -51,3 +60,30 @@ def merge_adapter(base: Any, folder: Path) -> None:
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} could not be loaded as an adapter of {base.config.name_or_path}: {why}") from error
     assert merged is base, "merging gave another model"
+
+
+def save_adapter(adapted: Any, folder: Path, *, base: str, base_hash: str, form: TextForm) -> None:
+    """Write a trained adapter as a folder that `lm.load.load_lm` reads, its weights in bfloat16.
+
+    Args:
+        adapted: peft model of `add_adapter`.
+        folder: made if need be; what it holds of an adapter is replaced.
+        base: folder or hub id of the base model. A folder is named relative to the adapter's.
+        base_hash: identity of its weights.
+        form: of the texts that it was trained on.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = adapted.peft_config["default"]
+    named = os.path.relpath(Path(base).expanduser(), folder) if Path(base).expanduser().is_dir() else base
+    config.base_model_name_or_path, config.inference_mode = named, True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # peft keeps a set: the file would differ by the run
+    config.save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    kept = {name: weight.detach().to(torch.bfloat16).cpu().contiguous() for name, weight in weights.items()}
+    save_file(kept, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
+    record = {"form": form, "base": {"name": Path(base).name, "weights_hash": base_hash}}
+    (folder / FORM_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -15,8 +15,8 @@ Knows nothing about prompts or studies.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 import torch
 
+from lm.adapters import FORM_FILE, merge_adapter
 from lm.cache import build_cache
 from lm.errors import UserError
 from lm.forward import feed
@@ -37,8 +38,6 @@ from lm.weights import ADAPTER_FILES, UNREADABLE, hash_files, read_object, refus
 __all__ = ["ADAPTER_CONFIG", "base_of", "check_model", "load_lm"]
 
 ADAPTER_CONFIG = "adapter_config.json"
-FORM_FILE = "lm.json"
-"""Beside an adapter: the form of text that it was trained on, {"form": "response"}."""
 
 
 def load_lm(
@@ -158,21 +157,26 @@ def _tokenizer(source: str, file: str | None) -> Any:
 
 
 def _with_adapter(folder: Path, base: str | None, *, form: TextForm | None, **options: Any) -> LanguageModel:
-    from lm.adapters import merge_adapter
-
     files = [path for name in ADAPTER_FILES if (path := folder / name).is_file()]
     if not files:
         raise UserError(f"{folder} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}")
     check = options.pop("check")
     model = load_lm(base or base_of(folder), form=form, check=False, **options)
     merge_adapter(model.base, folder)
+    form_trained, trained_on = _beside(folder)
+    if trained_on and model.weights_hash != trained_on:
+        warnings.warn(
+            f"{folder} was trained on other weights than those of {base or base_of(folder)} (recorded "
+            f"{trained_on[:12]}, found {model.weights_hash[:12] or 'unknown'}): numbers will differ from its card",
+            stacklevel=3,
+        )
     joined = LanguageModel(
         model.base,
         model.tokenizer,
         name=folder.resolve().name,
         blocks=options["blocks"],
         norm=options["norm"],
-        form=_form_beside(folder) or model.form if form is None else form,
+        form=(form_trained or model.form) if form is None else form,
         weights_hash=partial(_joined_hash, model, files),
     )
     if check:
@@ -180,16 +184,22 @@ def _with_adapter(folder: Path, base: str | None, *, form: TextForm | None, **op
     return joined
 
 
-def _form_beside(folder: Path) -> TextForm | None:
-    """Form of text that an adapter was trained on, if the file beside it says so."""
+def _beside(folder: Path) -> tuple[TextForm | None, str]:
+    """What the file beside an adapter says: the form of text it was trained on, and the hash of its base's weights;
+    None and "" where it says nothing."""
     path = folder / FORM_FILE
     if not path.is_file():
-        return None
-    form: Any = read_object(path).get("form")
+        return None, ""
+    record = read_object(path)
+    form: Any = record.get("form")
     if form not in get_args(TextForm):
         raise UserError(f"{path}: form must be one of {', '.join(get_args(TextForm))}, got {form!r}")
+    base = record.get("base", {})
+    known = base.get("weights_hash", "") if isinstance(base, dict) else None
+    if not isinstance(known, str):
+        raise UserError(f"{path}: base must hold the text weights_hash")
     found: TextForm = form
-    return found
+    return found, known
 
 
 def _joined_hash(below: LanguageModel, files: Sequence[Path]) -> str:
@@ -277,8 +287,3 @@ def _compare(model: LanguageModel, found: torch.Tensor, expected: torch.Tensor, 
             f"{model.name} cannot be used: {what} (by {error:.2g} of the largest, {allowed:g} allowed in "
             f"{str(model.dtype).removeprefix('torch.')}); if its blocks were found wrongly, give blocks= and norm="
         )
-
-
-def adapter_form(folder: Path, form: TextForm) -> bytes:
-    """Content of the file that stands beside an adapter and says what form of text it was trained on."""
-    return (json.dumps({"form": form}, indent=1) + "\n").encode()

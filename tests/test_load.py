@@ -16,7 +16,7 @@ from tiny_gguf import tiny_llama, tiny_tokenizer, write_gguf
 from lm.adapters import add_adapter
 from lm.errors import UserError
 from lm.generate import generate
-from lm.load import adapter_form, base_of, check_model, load_lm
+from lm.load import base_of, check_model, load_lm
 from lm.model import LanguageModel
 from lm.weights import hash_files
 
@@ -165,7 +165,7 @@ def test_an_adapter_is_merged_into_its_base(folder, adapter):
 
 def test_the_form_beside_an_adapter_is_used(folder, adapter):
     assert load_lm(str(adapter)).form == "plain"
-    (adapter / "lm.json").write_bytes(adapter_form(adapter, "response"))
+    (adapter / "lm.json").write_text('{"form": "response"}')
     assert load_lm(str(adapter)).form == "response"
     assert load_lm(str(adapter), form="plain").form == "plain"
     (adapter / "lm.json").write_text('{"form": "verse"}')

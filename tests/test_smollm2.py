@@ -6,6 +6,7 @@ Skipped where the model is not there; everything here is tested on tiny random m
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 
 from experiments.tasks.indirect_objects import generate as sentences
 from experiments.tasks.indirect_objects import words_for
+from experiments.tune import reasoner
+from experiments.tune.judge import judged
 from lm.cache import build_cache
 from lm.forward import feed
 from lm.generate import generate
@@ -82,3 +85,23 @@ def test_padded_is_alone_and_cached_is_uncached(model):
             logits = model.base(input_ids=ids, use_cache=False).logits[0, -1]
             assert logits.argmax() == token or logits.max() - logits[token] < 1e-3
             ids = torch.cat((ids, torch.tensor([[token]])), dim=1)
+
+
+# --- The adapter that is shipped --------------------------------------------------------------------------------------
+
+ADAPTER = FOLDER.parent / "smollm2-reasoner"
+
+
+def test_the_adapter_writes_chains_when_asked_for_steps():
+    """The same held-out questions, asked in two ways; the base's own weights say nothing of the kind."""
+    assert (ADAPTER / "adapter_model.safetensors").stat().st_size <= 6_000_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the base is the one that it was trained on
+        model = load_lm(str(ADAPTER), device="cpu")
+    items = [item for item in reasoner.questions(4, 1).test if item.task in ("ontology-1", "babi-15")]
+    found = {}
+    for mode, instruction in reasoner.INSTRUCTIONS.items():
+        texts = generate(model, [model.text_of(f"{item.question} {instruction}") for item in items], 48).texts
+        found[mode] = [judged(item, text) for item, text in zip(items, texts, strict=True)]
+    assert all(one["chain"] for one in found["steps"]) and sum(one["correct"] for one in found["steps"]) >= 7
+    assert not any(one["chain"] for one in found["direct"]) and all(one["at_once"] for one in found["direct"])

@@ -52,7 +52,7 @@ MIXTURE: dict[str, float] = {
     "ontology-3": 2.0,
     "babi-15": 1.0,
     "babi-16": 1.0,
-    "arithmetic": 2.0,
+    "arithmetic": 3.0,
 }
 MODES: dict[Mode, float] = {"steps": 2.0, "direct": 1.0, "neutral": 1.0}
 AT_ONCE = 0.9

@@ -5,11 +5,9 @@ The state file {stage}.pt and log.csv are in the run folder. Knows nothing about
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from codi.model import CodiModel
 from codi.training import DistillationLoss, collate, cosine_schedule
+from experiments.study.steps import StepLog, load_state, save_state
 from experiments.tasks.problem import Problem
 from experiments.train.data import micro_batches, problems_of_step, text_of
 from experiments.train.options import Resolved, micro_batch_of
@@ -58,7 +57,7 @@ def run_stage(
         list(weights.values()), lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
     )
     state_file = config.out / f"{stage.name}.pt"
-    first = _load_state(state_file, weights, optimizer)
+    first = load_state(state_file, weights, optimizer)
     if first >= stage.n_steps:
         return
     wrapped, optimizer = accelerator.prepare(loss, optimizer)
@@ -67,7 +66,7 @@ def run_stage(
         range(first, stage.n_steps), initial=first, total=stage.n_steps, desc=stage.name, unit="step", mininterval=5,
         disable=not main,
     )  # fmt: skip
-    log = _Log(config.out / "log.csv", stage.name, first) if main else None
+    log = StepLog(config.out / "log.csv", stage.name, first) if main else None
     for step in progress:
         started = time.perf_counter()
         for group in optimizer.param_groups:
@@ -84,7 +83,7 @@ def run_stage(
             progress.set_postfix({k: f"{v:.3f}" for k, v in sums.items()}, refresh=False)
         last = step + 1 == stage.n_steps
         if main and (last or (step + 1) % config.save_every == 0):
-            _save_state(state_file, step + 1, weights, optimizer)
+            save_state(state_file, step + 1, weights, optimizer)
         if main and config.eval_every and (last or (step + 1) % config.eval_every == 0):
             if isinstance(loss, DistillationLoss) and loss.lora is not None:
                 loss.lora.refresh()
@@ -112,33 +111,6 @@ def _gradients(
     return sums
 
 
-def _load_state(path: Path, weights: dict[str, nn.Parameter], optimizer: Any) -> int:
-    """Put back what a state file holds; the number of steps that are done, 0 without one."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            parameter.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def _save_state(path: Path, step: int, weights: dict[str, nn.Parameter], optimizer: Any) -> None:
-    """Write a state file whole or not at all; straight to disk, it may be as large as the model."""
-    raw = getattr(optimizer, "optimizer", optimizer)
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save(
-        {
-            "step": step,
-            "weights": {k: v.detach().cpu() for k, v in weights.items()},
-            "optimizer": raw.state_dict(),
-        },
-        partial,
-    )
-    partial.replace(path)
-
-
 def _accuracies(model: CodiModel, held_out: Sequence[Problem], stage: str) -> str:
     """Accuracies on held-out problems, in words."""
     modes: list[tuple[str, dict[str, Any]]] = [("written chain", {"mode": "verbal"}), ("direct", {"mode": "direct"})]
@@ -150,26 +122,3 @@ def _accuracies(model: CodiModel, held_out: Sequence[Problem], stage: str) -> st
         right = sum(p.is_answered_by(text) for text, p in zip(texts, held_out, strict=True))
         words.append(f"{name} {right / len(held_out):.3f}")
     return ", ".join(words) + f" (n = {len(held_out)})"
-
-
-class _Log:
-    """log.csv: one row per step and loss term of the main process; rows after the state that a run goes on from are
-    dropped, because those steps come again."""
-
-    def __init__(self, path: Path, stage: str, first: int) -> None:
-        head = ["stage", "step", "term", "value", "gradient_norm", "seconds"]
-        rows: list[list[str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(head)]
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([head, *(row for row in rows if row[0] != stage or int(row[1]) <= first)])
-        partial.replace(path)
-        self.file = path.open("a", newline="")
-        self.writer = csv.writer(self.file)
-
-    def write(self, stage: str, step: int, terms: dict[str, float], norm: float, seconds: float) -> None:
-        for term, value in terms.items():
-            self.writer.writerow([stage, step, term, f"{value:.6g}", f"{norm:.4g}", f"{seconds:.3f}"])
-        self.file.flush()
