@@ -206,5 +206,6 @@ def draw_tree(record: Mapping[str, Any]) -> Figure:
     axis.set_xticks(range(len(places)), names)
     axis.set_xlabel("token and its place in the text; the word is predicted at the last one")
     axis.set_ylabel("block (0: the token)")
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.margins(0.08, 0.1)
     return figure

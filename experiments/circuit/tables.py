@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.statistics.clusters import Settings, accuracy_interval, bootstrap_interval, interval_of, mean_intervals
+from experiments.statistics.clusters import (
+    Settings,
+    accuracy_interval,
+    bootstrap_interval,
+    cluster_codes,
+    cluster_sums,
+    interval_of,
+    mean_intervals,
+)
 from experiments.statistics.paired import max_statistic_p
 
 __all__ = ["NAMED", "chosen_table", "circuit_table", "effect_table", "kept_table", "means_by", "prediction_table"]
@@ -24,7 +32,7 @@ _EFFECT_COLUMNS = ("subtask", "kind", "block", "head", "effect", "lower", "upper
 
 def means_by(
     trials: pd.DataFrame, by: Sequence[str], value: str, settings: Settings, *,
-    cluster: str = "item", bounds: tuple[float, float] = (0.0, 1.0),
+    cluster: str = "item", bounds: tuple[float, float] = (0.0, 1.0), exact: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """Mean of a column for every combination of some columns, with its interval over clusters.
 
@@ -35,6 +43,8 @@ def means_by(
         settings: resamples, level, seed.
         cluster: column of what is independent.
         bounds: the whole range of the mean.
+        exact: exact bounds where all clusters agree; no: the bootstrap's, for numbers that never agree but may all be
+            next to nothing.
 
     Returns:
         One row per combination: `by`, mean, lower, upper, n (rows), n_clusters. NaN bounds with one cluster.
@@ -45,8 +55,12 @@ def means_by(
         row: dict[str, Any] = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
         row |= {name: found[name] for name in ("mean", "lower", "upper")}
         row |= {"n": int(found["n"]), "n_clusters": int(found["n_clusters"])}
-        if row["n_clusters"] < 2:
-            row["lower"] = row["upper"] = np.nan
+        if not exact or row["n_clusters"] < 2:
+            codes, names = cluster_codes(part[cluster].to_numpy())
+            sums, counts = cluster_sums(part[[value]].to_numpy(float), codes, len(names))
+            lower, upper = bootstrap_interval(sums, counts, weights=settings.weights(len(names)), level=settings.level,
+                                              bounds=(np.nan, np.nan))  # fmt: skip
+            row |= {"lower": lower[0], "upper": upper[0]}
         rows.append(row)
     return pd.DataFrame(rows, columns=[*by, "mean", "lower", "upper", "n", "n_clusters"])
 

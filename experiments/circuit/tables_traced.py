@@ -53,7 +53,7 @@ def ablation_table(trials: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     by = ["silenced", "subtask", "kind"]
     rows = []
     for part in (trials, trials.assign(subtask=-1, kind="all")):
-        table = means_by(part, by, "probability", settings).drop(columns="n")
+        table = means_by(part, by, "probability", settings, exact=False).drop(columns="n")
         rows.append(table.assign(accuracy=part.groupby(by, observed=True, sort=True)["right"].mean().to_numpy()))
     return pd.concat(rows, ignore_index=True).rename(columns={"n_clusters": "n"})
 
@@ -112,7 +112,7 @@ def pathway_table(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 
 def mention_table(trials: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """Probability of the word with one of its mentions, the other, or both corrupted, by subtask."""
-    return means_by(trials, ["subtask", "kind", "corruption"], "probability", settings)
+    return means_by(trials, ["subtask", "kind", "corruption"], "probability", settings, exact=False)
 
 
 def mover_table(trials: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -141,7 +141,7 @@ def rift_table(trials: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     )
     both = pd.concat([long, long.assign(kind="all")], ignore_index=True)
     means = both.groupby(["kind", "prior", "layer", "item"], observed=True)["probability"].mean().reset_index()
-    return means_by(means, ["kind", "prior", "layer"], "probability", settings)
+    return means_by(means, ["kind", "prior", "layer"], "probability", settings, exact=False)
 
 
 def crossings(trials: pd.DataFrame, settings: Settings) -> tuple[float, np.ndarray, int]:
