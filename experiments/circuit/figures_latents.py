@@ -20,7 +20,7 @@ __all__ = ["draw_latent_writers"]
 def draw_latent_writers(
     writers: pd.DataFrame, by_source: pd.DataFrame, n_blocks: int, n_heads: int, named: int
 ) -> Figure:
-    """Left: share of the logit by head. Right: the loudest heads by source. One scale for both.
+    """Left: share of the logit by head. Right: the loudest heads by source, on a scale of their own.
 
     Args:
         writers: block, head, share; the loudest first.
@@ -29,7 +29,7 @@ def draw_latent_writers(
         named: heads on the right.
     """
     figure, axes = new_figure(1, 2, height=2.6)
-    scale = Scale.signed(by_source["share"].abs().tolist() + writers["share"].abs().tolist(), least=0.02)
+    scale = Scale.signed(writers["share"], least=0.001)
     whole = np.full((n_blocks, n_heads), np.nan)
     whole[writers["block"] - 1, writers["head"]] = writers["share"]
     matrix(axes[0, 0], whole, range(1, n_blocks + 1), range(n_heads), scale, upwards=True)
@@ -43,8 +43,10 @@ def draw_latent_writers(
     known = by_source.set_index(["block", "head", "source", "latent"])["share"]
     values = np.array([[known[(block, head, *key)] for key in keys] for block, head in best])
     names = ["question" if name == "question" else "rest" if name == "rest" else f"{number}" for name, number in keys]
-    matrix(axes[0, 1], values, [f"{block}.{head}" for block, head in best], names, scale)
+    own = Scale.signed(values, least=0.001)
+    matrix(axes[0, 1], values, [f"{block}.{head}" for block, head in best], names, own)
     axes[0, 1].set_xlabel("question, latent, rest")
     axes[0, 1].set_title("loudest writers by source")
-    colour_bar(figure, scale, "share of the answer's logit", of=axes)
+    colour_bar(figure, scale, "share of the answer's logit", of=axes[:, :1])
+    colour_bar(figure, own, "share of the answer's logit", of=axes[:, 1:])
     return figure

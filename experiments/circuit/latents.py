@@ -141,7 +141,7 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     tables = make_tables(trials, plan.writers, plan.settings)
     captions = {
         "latent_writers": "Left: share of the answer's logit that every head writes. Right: the loudest writers by "
-        "source; E: end, the rest."
+        "source, on a scale of their own."
     }
 
     def figures() -> dict[str, Figure]:
@@ -161,14 +161,17 @@ def _words(plan: Plan, tables: dict[str, pd.DataFrame]) -> list[Section]:
     named = "; ".join(f"{int(one['block'])}.{int(one['head'])} {with_interval(one, 'share', digits=3)}"
                       for _, one in best.iterrows())  # fmt: skip
     whole = tables["writers"]["share"].sum()
-    text = f"{named} (block.head); all heads together {100 * whole:.1f} % of the logit. {later} of these {len(best)} stand in the later half of {plan.n_blocks} blocks."
+    text = (
+        f"{named} (block.head); all heads together {100 * whole:.1f} % of the logit. {later} of these {len(best)} stand "
+        f"in the later half of {plan.n_blocks} blocks."
+    )
     here = tables["ablation"].set_index("silenced")
     if len(here):
         said = {name: with_interval(here.loc[name], "mean") for name in ("none", "writers", "random", "all")}
         text += (
             f" Chosen on every other prompt and silenced on the others, where the answer is predicted: probability "
-            f"{said['none']} becomes {said['writers']}; with as many random heads of the same blocks {said['random']}; with all "
-            f"heads of the model {said['all']}."
+            f"{said['none']} becomes {said['writers']}; with as many random heads of the same blocks "
+            f"{said['random']}; with all heads of the model {said['all']}."
         )
     lines = [f"Of what these {len(best)} heads write towards the answer:", ""]
     for _, row in tables["sources"].iterrows():
