@@ -162,8 +162,8 @@ def _words(plan: Plan, tables: dict[str, pd.DataFrame]) -> list[Section]:
                       for _, one in best.iterrows())  # fmt: skip
     whole = tables["writers"]["share"].sum()
     text = (
-        f"{named} (block.head); all heads together {100 * whole:.1f} % of the logit. {later} of these {len(best)} stand "
-        f"in the later half of {plan.n_blocks} blocks."
+        f"{named} (block.head); all heads together {100 * whole:.1f} % of the logit. {later} of these {len(best)} "
+        f"stand in the later half of {plan.n_blocks} blocks."
     )
     here = tables["ablation"].set_index("silenced")
     if len(here):

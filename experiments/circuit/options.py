@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 from experiments.study.language import LanguageOptions
-from experiments.study.options import IntervalOptions, ModelOptions, RunOptions, SplitOptions
+from experiments.study.options import IntervalOptions, ModelOptions, RunOptions, SplitOptions, StatisticsOptions
 
 __all__ = ["CircuitOptions", "LatentCircuitOptions", "What"]
 
@@ -17,7 +17,7 @@ REASONER = "checkpoints/smollm2-reasoner"
 
 
 @dataclass(frozen=True)
-class CircuitOptions(IntervalOptions, RunOptions, LanguageOptions):
+class CircuitOptions(StatisticsOptions, RunOptions, LanguageOptions):
     """Which heads make each word of a written chain of thought, from where, and what is left without the others."""
 
     COMMAND: ClassVar[str] = "circuit"
