@@ -1,4 +1,4 @@
-"""experiments.circuit.claims: every verdict on trials made so that it comes out one way, and on others the other way."""
+"""experiments.circuit.claims: every verdict on trials made so that it comes out one way, and the other way."""
 
 from __future__ import annotations
 
