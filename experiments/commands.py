@@ -153,6 +153,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.circuit.run:main",
         "which heads make each word of a written chain of thought (language models)",
     ),
+    "circuit-latents": Command(
+        "experiments.circuit.options:LatentCircuitOptions",
+        "experiments.circuit.latents:main",
+        "which heads write the answer after a latent thought, and from which latent",
+    ),
     "show": Command(
         "experiments.show.options:ShowOptions",
         "experiments.show.run:main",
