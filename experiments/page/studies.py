@@ -21,7 +21,7 @@ class Entry:
         name: folder of its results under `--out`, and its name for `--only`.
         command: the words after `codi`; options may follow.
         question: one line for the page.
-        figures: names of the figures that are shown, in this order.
+        figures: names of the figures that are shown, in this order; "curves-*" is every one that begins so.
         reads: options that name a folder which another study wrote, each with that study.
         model: of a page about several models, the one that it is run on.
     """
@@ -80,5 +80,36 @@ STUDIES: tuple[Entry, ...] = (
     Entry("pca", ("pca",), "Components, and where each edit's effect goes.", ("components", "where")),
 )
 
-LANGUAGE_STUDIES: tuple[Entry, ...] = ()
+VECTORS = ("--vectors", "control-derive")
+COT = ("--vectors", "cot-derive")
+LANGUAGE_STUDIES: tuple[Entry, ...] = (
+    Entry("control-derive", ("control", "derive"), "Control vectors by every method, at every layer.", ("norms",)),
+    Entry("control-show", ("control", "show"), "What the vectors say.", ("cosines",), (VECTORS,)),
+    Entry(
+        "control-sweep", ("control", "sweep"), "Does a control vector help, beside random ones?", ("curves-*", "map*")
+    ),
+    Entry(
+        "control-hard",
+        ("control", "sweep", "--task", "indirect-objects-H"),
+        "The same where a third name distracts.",
+        ("curves-*",),
+    ),
+    Entry("control-transfer", ("control", "transfer"), "The vector of one task on another.", ("transfer",)),
+    Entry("cot-derive", ("cot", "derive"), "The vector from thinking step by step to answering at once.", ("vector",)),
+    Entry(
+        "cot-grid",
+        ("cot", "grid"),
+        "Which layer and coefficient bring chains, on validation questions.",
+        ("grid",),
+        (COT,),
+    ),
+    Entry(
+        "cot-eval",
+        ("cot", "eval"),
+        "Steering beside prompts, on test questions.",
+        ("rates", "pareto"),
+        (COT, ("--grid", "cot-grid")),
+    ),
+    Entry("circuit", ("circuit",), "Which heads make each word of a written chain of thought.", ("effects*", "*")),
+)
 """Studies of ordinary language models."""
