@@ -132,6 +132,7 @@ def test_parts_of_several_sets_share_nothing() -> None:
     ]
     assert not traits[0] & traits[1] and not traits[0] & traits[2] and not traits[1] & traits[2]
     assert len({item.prompt_id for item in found.test}) == 17
+    assert all(item.cluster.startswith(f"{item.task}/") for item in found.test)  # no cluster reaches over sets
     again = load_sets(SETS, SETS, (*SETS, f"mmlu:{DATA / 'geology_test.csv'}"), Sizes(4, 3, 5))
     assert again == found and load_sets(SETS, (), SETS, Sizes(4, 0, 5), seed=1).test != found.test
 

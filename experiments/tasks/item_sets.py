@@ -74,5 +74,11 @@ def load_sets(
         if not own.derivation and not own.validation and own.test == 0:
             continue
         for part, items in load_items(task, own, seed, tokenizer).parts.items():
-            parts[part] += [replace(item, prompt_id=f"{name}/{item.prompt_id}", task=name) for item in items]
+            parts[part] += [_of_set(item, name) for item in items]
     return ItemSplits(*(tuple(items) for items in parts.values()))
+
+
+def _of_set(item: Item, name: str) -> Item:
+    """An item under the name of its set: generators number their questions and clusters from 0 in every task."""
+    cluster = f"{name}/{item.cluster}" if item.cluster else ""
+    return replace(item, prompt_id=f"{name}/{item.prompt_id}", task=name, cluster=cluster)
