@@ -17,8 +17,8 @@ __all__ = ["interval", "markdown", "p_number", "p_text", "visible"]
 
 
 def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: float = 100, digits: int = 1) -> str:
-    """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given; "12.3 (no interval)" where the data
-    bound it on no side (a number without a range, the same in all clusters or in the only one).
+    """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given; "12.3 (no interval)" where nothing
+    bounds it (a number without a range, the same in all clusters or in the only one).
 
     Args:
         row: with the column `name`, and lower and upper.
