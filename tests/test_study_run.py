@@ -106,8 +106,8 @@ def test_from_options_to_result(tmp_path: Path) -> None:
     assert found.figures[0].files == ("figures/toy.png", "figures/toy.pdf") and found.figures[0].caption == "By latent."
     names = {path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file()}
     assert names == {
-        ".lock", "manifest.json", "result.json", "summary.md", "by-latent.csv", "a.txt", "figures/toy.png",
-        "figures/toy.pdf", "claims.csv", "claims.json", "claims.md", "trials/part-answers-1.parquet",
+        ".lock", "manifest.json", "prompts.jsonl", "result.json", "summary.md", "by-latent.csv", "a.txt",
+        "figures/toy.png", "figures/toy.pdf", "claims.csv", "claims.json", "claims.md", "trials/part-answers-1.parquet",
         "trials/part-answers-2.parquet", "trials/part-answers-3.parquet",
     }  # fmt: skip
     assert Result.read(found.path).text == found.text
@@ -220,12 +220,13 @@ WRITERS: dict[str, list[str]] = {
     "early-exit": ["early-exit", "--limit", "8", "--derivation", "24"],
     "pca": ["pca", "--limit", "8", "--derivation", "24"],
 }
-"""Commands that write a run folder; "stats", "plot" and "findings" work in folders of other commands."""
+"""Commands that write a run folder; those of `GUESTS` work in folders of other commands or write none."""
+GUESTS = {"stats", "plot", "show", "ask", "findings"}
 
 
 def test_every_command_that_writes_a_folder_is_listed() -> None:
     named = {words.split()[0] for words in WRITERS}
-    assert named == cli.COMMANDS.keys() - {"stats", "plot", "findings"}
+    assert named == cli.COMMANDS.keys() - GUESTS
 
 
 @pytest.mark.parametrize("name", WRITERS)
