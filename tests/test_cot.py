@@ -201,9 +201,7 @@ def test_questions_are_not_used_twice(finished: Path, tmp_path: Path, language_m
     marks = json.loads((place / "eval" / ITEMS).read_text(encoding="utf-8"))
     (place / "grid" / ITEMS).write_text(json.dumps({**marks, "part": "validation"}), encoding="utf-8")
     with pytest.raises(ValueError, match="9 of 9 test questions share .* with the validation questions"):
-        eval.run(
-            EvalOptions(out=tmp_path / "again", vectors=place / "derive", grid=place / "grid", **SMALL), model
-        )
+        eval.run(EvalOptions(out=tmp_path / "again", vectors=place / "derive", grid=place / "grid", **SMALL), model)
 
 
 @pytest.mark.parametrize(
