@@ -220,6 +220,7 @@ WRITERS: dict[str, list[str]] = {
     "early-exit": ["early-exit", "--limit", "8", "--derivation", "24"],
     "pca": ["pca", "--limit", "8", "--derivation", "24"],
     "circuit": ["circuit"],
+    "circuit-latents": ["circuit-latents", "--limit", "8"],
 }
 """Commands that write a run folder; "stats", "plot" and "findings" work in folders of other commands."""
 
