@@ -262,7 +262,8 @@ class _Job:
             if found:
                 most = self.needed[found[0][0]]
                 longest = max(len(self.probes[j].clean) for j, _ in [*found, member])
-                full = len(found) * self.units * most >= _ENOUGH_TOKENS and self.needed[i] < 0.75 * most
+                run = 1 if self.positions == "last" else most  # tokens of a patched row
+                full = len(found) * self.units * run >= _ENOUGH_TOKENS and self.needed[i] < 0.75 * most
                 if full or longest * (len(found) + 1) > self.columns_at_once or len(self.probes[i].clean) < most:
                     yield found
                     found = []

@@ -140,7 +140,7 @@ def _k1(trials: Trials, setting: Setting) -> _Measured:
     control = drawn.groupby("subtask")["agrees"].mean().min() if len(drawn) else math.nan
 
     def judge(settings: Settings, family: int) -> tuple[float, Judgement]:
-        table = family_intervals(wide.to_numpy(), wide.index, [(0.0, 1.0)] * wide.shape[1], settings)
+        table = family_intervals(wide.to_numpy(), wide.index.to_numpy(), [(0.0, 1.0)] * wide.shape[1], settings)
         lower, upper = float(table["lower"].min()), float(table["upper"].min())
         return float(table["estimate"].min()), judge_presence(lower, upper, above=AGREEMENT, family=family)
 
@@ -164,7 +164,7 @@ def _k2(trials: Trials, setting: Setting) -> _Measured:
     wide = pd.DataFrame(columns).astype(float)
 
     def judge(settings: Settings, family: int) -> tuple[float, Judgement]:
-        table = family_intervals(wide.to_numpy(), wide.index, [(0.0, 1.0)] * 2, settings)
+        table = family_intervals(wide.to_numpy(), wide.index.to_numpy(), [(0.0, 1.0)] * 2, settings)
         lower, upper = float(table["lower"].max()), float(table["upper"].max())
         return float(table["estimate"].max()), judge_presence(lower, upper, below=AGREEMENT, family=family)
 

@@ -108,8 +108,8 @@ def make_tables(trials: Trials, writers: int, settings: Settings) -> dict[str, p
         shares, [*_HEAD, *_SOURCE], "share", settings, cluster="cluster", bounds=(-np.inf, np.inf)
     ).rename(columns={"mean": "share"})
     mine = trials["sources"].merge(table.head(writers)[_HEAD], on=_HEAD)
-    together = mine.groupby(["item", "cluster", *_SOURCE], observed=True, sort=True)["written"].sum().clip(lower=0)
-    together = together.reset_index()
+    summed = mine.groupby(["item", "cluster", *_SOURCE], observed=True, sort=True)["written"].sum()
+    together = summed.clip(lower=0).reset_index()
     total = together.groupby("item")["written"].transform("sum")
     together = together.assign(share=together["written"] / total.where(total > 0)).dropna(subset=["share"])
     counted = together[together["source"] != "rest"]

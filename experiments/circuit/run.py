@@ -272,7 +272,8 @@ def _captions(plan: Plan) -> dict[str, str]:
 def _figures(plan: Plan, tables: dict[str, pd.DataFrame], shown: list[str], grown: list[str]) -> dict[str, Figure]:
     from experiments.circuit import figures
 
-    marks = {name: tables[name].head(N_WRITERS)["block"].tolist() for name in ("writers", "movers") if name in tables}
+    named = [name for name in ("writers", "movers") if name in tables]
+    marks = {name: tables[name].head(N_WRITERS)["block"].tolist() for name in named}
     makers = {
         "effects": lambda: figures.draw_effects(tables["effects"], plan.n_blocks, plan.n_heads),
         "knockout": lambda: figures.draw_kept(tables["kept"], plan.n_blocks * plan.n_heads),

@@ -97,8 +97,7 @@ def _mean_effect(trials: pd.DataFrame, by: str, shape: tuple[int, int]) -> Tenso
     sums = trials.groupby([by, "block", "head"], observed=True)[["kl", "kl_corrupted"]].sum()
     effect = (1 - sums["kl"] / sums["kl_corrupted"]).groupby(level=["block", "head"]).mean()
     score = torch.zeros(shape, dtype=torch.float64)
-    for key, value in effect.items():
-        block, head = key  # type: ignore[misc]
+    for block, head, value in effect.reset_index().itertuples(index=False, name=None):
         score[int(block) - 1, int(head)] = float(value)
     return score
 

@@ -151,11 +151,13 @@ def crossings(trials: pd.DataFrame, settings: Settings) -> tuple[float, np.ndarr
         the depth (NaN: never), (resample,) depths of resampled items (never counts as 1, the end), number of items.
     """
     means = trials.groupby(["item", "layer"], observed=True)[["pretraining", "context"]].mean()
-    both = [torch.tensor(means[name].unstack("layer").to_numpy()) for name in ("pretraining", "context")]
-    n, layers = both[0].shape
+    pretraining, context = (
+        torch.tensor(means[name].unstack("layer").to_numpy()) for name in ("pretraining", "context")
+    )
+    n, layers = context.shape
     rows = torch.tensor(np.random.default_rng(settings.seed).integers(0, n, (settings.resamples, n)))
-    depth = float(crossing_depth(*both)) / (layers - 1)
-    resampled = crossing_depth(*both, rows).numpy() / (layers - 1)
+    depth = float(crossing_depth(pretraining, context)) / (layers - 1)
+    resampled = crossing_depth(pretraining, context, rows).numpy() / (layers - 1)
     return depth, np.where(np.isnan(resampled), 1.0, resampled), n
 
 

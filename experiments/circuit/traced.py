@@ -221,7 +221,7 @@ def mentions(bench: Workbench, *, seed: int, items: tuple[int, ...], where: Wher
                                                         place)}
             for place in places
         }  # fmt: skip
-        for number in sorted(right & set.intersection(*map(set, found.values()))):
+        for number in sorted(right.intersection(*found.values())):
             chosen.append((item, number, found["both"][number].probe.target))
             texts.append(found["both"][number].probe.clean)
             for place in places:

@@ -132,7 +132,8 @@ def flow_section(tables: Tables, n_blocks: int) -> Section:
     if sources.empty:
         return Section("No word was predicted: there is no flow.", "Flow")
     lines = [f"What the {N_WRITERS} loudest writers write, by the part of the text that it comes from:", ""]
-    for (subtask, kind), part in sources.groupby(["subtask", "kind"], observed=True):
+    groups: Any = sources.groupby(["subtask", "kind"], observed=True)
+    for (subtask, kind), part in groups:
         shares = ", ".join(f"{row['part']} {100 * row['mean']:.0f} %" for _, row in part.iterrows())
         count = several[several["subtask"] == subtask].iloc[0]
         lines.append(f"- {subtask} ({kind}): {shares}; {count['mean']:.1f} sources at once, several in "
@@ -160,7 +161,7 @@ def mixing_section(tables: Tables) -> Section:
     for probe, name in (("linear", "linear probe"), ("mlp", "small network")):
         part = table[table["probe"] == probe]
         true, shuffled = part[part["labels"] == "true"], part[part["labels"] == "shuffled"]
-        best = true.loc[true["mean"].idxmax()]
+        best = true.nlargest(1, "mean").iloc[0]
         other = shuffled[shuffled["layer"] == best["layer"]].iloc[0]
         ends = true.sort_values("layer").iloc[[0, -1]]
         lines.append(
