@@ -138,6 +138,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.early_exit:main",
         "answer after each latent: agreement, calibration, latents saved",
     ),
+    "cot": Command(
+        "experiments.cot.options:OPTIONS",
+        "experiments.cot.commands:main",
+        "chain-of-thought vectors of a language model: derive, grid, eval, show; run does all",
+    ),
     "control": Command(
         "experiments.control.options:OPTIONS",
         "experiments.control.run:main",
@@ -147,6 +152,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.circuit.options:CircuitOptions",
         "experiments.circuit.run:main",
         "which heads make each word of a written chain of thought (language models)",
+    ),
+    "circuit-latents": Command(
+        "experiments.circuit.options:LatentCircuitOptions",
+        "experiments.circuit.latents:main",
+        "which heads write the answer after a latent thought, and from which latent",
     ),
     "show": Command(
         "experiments.show.options:ShowOptions",

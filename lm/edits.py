@@ -153,15 +153,16 @@ class Columns:
             return False
         real = None if self.mask is None else self.mask[:, self.start : end].bool()
         columns = torch.arange(self.start, end, device=device)[None]
-        if positions == "all":
+        if positions == "all" or (positions == "answer" and self.start >= self.prompt):
             return real
-        if positions == "last":
-            # The last real token, wherever padding stands; real itself, so nothing more is to be masked.
+        if positions in ("last", "answer"):
+            # The last real token, wherever padding stands.
+            later = columns >= self.prompt if positions == "answer" else torch.zeros_like(columns, dtype=torch.bool)
             if self.mask is None or real is None:
-                return columns == self.prompt - 1
+                return later | (columns == self.prompt - 1)
             given = self.mask[:, : self.prompt].long()
             last = (given * torch.arange(1, given.shape[1] + 1, device=given.device)).argmax(dim=1)
-            return (columns == last[:, None]) & real
+            return (later | (columns == last[:, None])) & real
         if positions == "once":
             where = columns == self.prompt
         else:

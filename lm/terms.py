@@ -76,10 +76,10 @@ TIMINGS: tuple[Timing, ...] = get_args(Timing)
 KeyFrame = Literal["content", "raw"]
 """Keys turned back to position 0 before they are averaged, or as they are cached (the published way)."""
 KEY_FRAMES: tuple[KeyFrame, ...] = get_args(KeyFrame)
-EditPositions = Literal["all", "prompt", "generated", "last", "once"]
+EditPositions = Literal["all", "prompt", "generated", "last", "once", "answer"]
 """Tokens at which the residual stream of an ordinary language model is edited: those of the prompt and all that are
-generated after it, every prompt token, every generated token, the last prompt token only, or the first generated token
-only. Padding never."""
+generated after it, every prompt token, every generated token, the last prompt token only, the first generated token
+only, or the answer: the last prompt token, which predicts its first token, and every generated one. Padding never."""
 Engine = Literal["shared", "clones"]
 """Branches over a shared prefix, or an edited copy of the cache per row."""
 

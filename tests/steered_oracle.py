@@ -20,6 +20,7 @@ def columns_of(positions: str, prompt: int, length: int) -> list[int]:
         "generated": list(range(prompt, length)),
         "last": [prompt - 1],
         "once": [prompt] if length > prompt else [],
+        "answer": list(range(prompt - 1, length)),
     }[positions]
 
 

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from word_tokenizers import merging_tokenizer
+from circuit_model import count_all_as_right, make_circuit_model
 
 from circuits.heads import Heads
 from circuits.patching import patch
 from experiments.circuit.items import make_ontologies, subtasks
 from experiments.circuit.options import CircuitOptions
-from experiments.circuit.run import STUDY, effect_table, prediction_table
+from experiments.circuit.run import STUDY
+from experiments.circuit.tables import chosen_table, effect_table, prediction_table
 from experiments.circuit.trials import PREDICTIONS
 from experiments.statistics.clusters import Settings
 from experiments.study.run import run_study
-from experiments.tasks.ontology_text import generate
-from experiments.tasks.ontology_words import TRAINING, plural_of
 from lm.model import LanguageModel
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    """A random model with a token for every form of every word."""
-    words = [
-        " " + form for noun in TRAINING.concepts for one in (noun, plural_of(noun)) for form in (one, one.capitalize())
-    ]
-    words += [" " + word for word in (*TRAINING.entities, *TRAINING.properties)]
-    texts = [" ".join(words) for _ in range(3)] + [item.text for item in generate(4, TRAINING, 1, demonstrations=1)]
-    tokenizer = merging_tokenizer(texts, vocabulary=2000)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=1024, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return LanguageModel(LlamaForCausalLM(config), tokenizer, name="tiny")
+    return make_circuit_model()
 
 
 def options(out: Path, **given) -> CircuitOptions:
-    return CircuitOptions(out=out, limit=3, hops=1, demonstrations=1, resamples=200, **given)
+    sizes = {"limit": 3, "hops": 1, "demonstrations": 1, "resamples": 200, "permutations": 200, "held_out": 2,
+             "traced": 2, "mixing_texts": 8, "draws": 2, "positions": "all"}  # fmt: skip
+    return CircuitOptions(**{"out": out, "what": ("effects",), **sizes, **given})
 
 
 def test_subtasks_are_what_they_say(model, tmp_path):
@@ -102,15 +90,7 @@ def test_a_whole_run_and_its_continuation(model, tmp_path):
 
 def test_effects_of_the_run_are_those_of_the_engine(model, tmp_path, monkeypatch):
     """With every item counted as right: the table is the engine's effect of the same probes."""
-    from experiments.circuit import trials
-
-    real = trials._subtasks_of
-
-    def all_right(bench, item, where):
-        found, table = real(bench, item, where)
-        return found, table.assign(right=True)
-
-    monkeypatch.setattr(trials, "_subtasks_of", all_right)
+    count_all_as_right(monkeypatch)
     ontologies = make_ontologies(options(tmp_path), model.tokenizer)
     run_study(STUDY, options(tmp_path / "b", step=2), model, ontologies)
     found = pd.read_csv(tmp_path / "b/effects.csv")
@@ -127,8 +107,87 @@ def test_effects_of_the_run_are_those_of_the_engine(model, tmp_path, monkeypatch
     assert (tmp_path / "b/figures/effects.png").is_file()
 
 
+def test_one_item_has_words_in_place_of_an_interval(model, tmp_path, monkeypatch):
+    """One right item of a subtask: an effect, but no interval and none in the summary."""
+    from experiments.circuit import trials
+
+    real = trials._subtasks_of
+
+    def first_right(bench, item, where):
+        found, table = real(bench, item, where)
+        return found, table.assign(right=item == 0)
+
+    monkeypatch.setattr(trials, "_subtasks_of", first_right)
+    ontologies = make_ontologies(options(tmp_path), model.tokenizer)
+    found = run_study(STUDY, options(tmp_path / "one", step=3), model, ontologies)
+    table = pd.read_csv(tmp_path / "one/effects.csv")
+    assert len(table) and table[["lower", "upper"]].isna().all(axis=None) and (table["n"] == 1).all()
+    assert "(one item: no interval)" in found.markdown() and "inf]" not in found.markdown()
+
+
+def test_heads_chosen_on_half_of_the_items_are_measured_on_the_other():
+    """A head that always recovers is found on the other half; heads that are large once are not."""
+    rng = np.random.default_rng(0)
+    real, lucky = [], []
+    for item in range(8):
+        for head in range(20):
+            kl = 1.0 if head else 0.2
+            luck = 1.0 - 0.8 * float(head == item + 10)
+            about = {"item": item, "subtask": 5, "kind": "induction", "block": 1, "head": head, "kl_corrupted": 1.0}
+            real.append({**about, "kl": kl + 0.01 * rng.normal()})
+            lucky.append({**about, "kl": luck})
+    settings = Settings(resamples=200)
+    found = chosen_table(pd.DataFrame(real), settings).set_index("heads")["effect"]
+    assert found["chosen"] == pytest.approx(0.8 / 5, abs=0.02) and found["random"] == pytest.approx(0.8 / 20, abs=0.02)
+    found = chosen_table(pd.DataFrame(lucky), settings).set_index("heads")["effect"]
+    assert found["chosen"] < 0.02 < effect_table(pd.DataFrame(lucky), settings)["effect"].nlargest(5).mean()
+
+
+def test_p_of_effects_is_small_for_a_head_that_always_recovers_only():
+    rng = np.random.default_rng(1)
+    rows = [
+        {"item": item, "subtask": 5, "kind": "induction", "block": 1, "head": head, "kl_corrupted": 1.0,
+         "kl": 0.5 if head == 3 else 1 + 0.2 * rng.normal()}
+        for item in range(12) for head in range(10)
+    ]  # fmt: skip
+    p = effect_table(pd.DataFrame(rows), Settings(resamples=200, permutations=2000)).set_index("head")["p"]
+    assert p[3] < 0.02 and (p.drop(3) > 0.05).all()
+
+
 def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="--what takes different parts of effects, knockout"):
+        CircuitOptions(out=tmp_path, what=("rift", "rift"))
     with pytest.raises(ValueError, match=r"--hops must be in 1\.\.4, got 5"):
         CircuitOptions(out=tmp_path, hops=5)
     with pytest.raises(ValueError, match="limit must be at least 2, got 1"):
         CircuitOptions(out=tmp_path, limit=1)
+
+
+def test_all_parts_of_a_run_and_its_files(model, tmp_path, monkeypatch):
+    """Every part, with every word counted as right: tables, figures, claims and the tree are there, twice the same."""
+    count_all_as_right(monkeypatch)
+    everything = options(tmp_path / "all", what=CircuitOptions.what, positions="last")
+    ontologies = make_ontologies(everything, model.tokenizer)
+    assert len(ontologies.held_out) == len(ontologies.unseen) == 2 and len(ontologies.one_hop) == 3
+    found = run_study(STUDY, everything, model, ontologies)
+    names = {path.name for path in (tmp_path / "all/figures").glob("*.png")}
+    assert names == {f"{name}.png" for name in ("effects", "knockout", "pathways", "mixing", "rift", "flow_tree")}
+    tree = json.loads((tmp_path / "all/flow_tree.json").read_text())
+    assert {node["kind"] for node in tree["nodes"]} == {"head", "token"} and tree["graph"]["target_text"].strip()
+    assert found.claims is not None and len(found.claims) == 8
+    kept = pd.read_csv(tmp_path / "all/kept.csv")
+    whole = kept[kept["circuit"] == "whole"]
+    assert (whole["agreement"] == 1).all() and {"held-out", "unseen"} == set(kept["set"])
+    assert {"reasoning", "copy", "decision", "random", "none"} < set(kept["circuit"])
+    again = run_study(STUDY, everything, model, ontologies)
+    assert again.markdown() == found.markdown()
+
+
+def test_a_part_alone_needs_no_other(model, tmp_path):
+    """The rift alone: no words of other lexicons are made, and claims about the rest cannot be tested."""
+    alone = options(tmp_path / "rift", what=("rift",))
+    ontologies = make_ontologies(alone, model.tokenizer)
+    assert not ontologies.held_out and not ontologies.reference and not ontologies.mixing[0]
+    found = run_study(STUDY, alone, model, ontologies)
+    assert {path.stem for path in (tmp_path / "rift").glob("*.csv")} == {"predictions", "rift", "crossing", "claims"}
+    assert found.claims is not None and found.claims["W1 (writers)"].note == "this run has no writers"

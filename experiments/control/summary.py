@@ -91,10 +91,11 @@ def _chosen(plan: Plan, cells: pd.DataFrame, choice: Choice) -> str:
         f"{100 * choice.baseline:.1f} % unsteered ({plan.n_validation} items, best of {number} cells)."
     )
     if choice.tied:
-        first += f" {choice.tied} other cells are as accurate; of them this one has the largest p(right)."
+        others = "1 other cell is" if choice.tied == 1 else f"{choice.tied} other cells are"
+        first += f" {others} as accurate; of them this one has the largest p(right)."
     if gain <= 0:
         first += " No cell is more accurate than the unsteered model there."
-    return first
+    return first.replace("alpha -", "alpha −")
 
 
 def _table(plan: Plan, effects: pd.DataFrame, choice: Choice) -> str:
@@ -103,7 +104,7 @@ def _table(plan: Plan, effects: pd.DataFrame, choice: Choice) -> str:
     alphas = [choice.alpha]
     if ((effects["alpha"] == -choice.alpha) & (effects["layer"] == choice.layer)).any():
         alphas.append(-choice.alpha)
-    heads = "".join(f" alpha {alpha:g} |" for alpha in alphas)
+    heads = "".join(f" alpha {alpha:g} |" for alpha in alphas).replace("-", "−")
     lines = [
         "Changes from the unsteered model at the chosen cell, at its opposite, and those of random "
         "directions of its norm:\n",

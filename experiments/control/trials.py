@@ -50,10 +50,11 @@ TRIALS = pa.schema(
     {
         "source": TEXT, "target": TEXT, "kind": TEXT, "method": TEXT, "layer": pa.int16(), "alpha": pa.float64(),
         "draw": pa.int32(), "coefficient": pa.float64(), "norm": pa.float64(), "task": TEXT, "split": TEXT,
-        "prompt_id": pa.string(), "cluster": pa.string(), "answer": TEXT, "text": pa.string(), "prediction": pa.string(), "parsed": pa.bool_(),
-        "correct": pa.bool_(), "choice": TEXT, "choice_correct": pa.float64(), "kl": pa.float64(),
-        "entropy": pa.float64(), "p_right": pa.float64(), "p_wrong": pa.float64(), "p_answers": pa.float64(),
-        "share_right": pa.float64(), "n_tokens": pa.int32(), "repetition": pa.float64(),
+        "prompt_id": pa.string(), "cluster": pa.string(), "answer": TEXT, "text": pa.string(),
+        "prediction": pa.string(), "parsed": pa.bool_(), "correct": pa.bool_(), "choice": TEXT,
+        "choice_correct": pa.float64(), "kl": pa.float64(), "entropy": pa.float64(), "p_right": pa.float64(),
+        "p_wrong": pa.float64(), "p_answers": pa.float64(), "share_right": pa.float64(), "n_tokens": pa.int32(),
+        "repetition": pa.float64(),
     }.items()
 )  # fmt: skip
 """choice_correct, p_wrong and what rests on it are null where no answers are compared, repetition for controls and on

@@ -70,8 +70,8 @@ def arguments(options: PageOptions, entry: Entry) -> list[str]:
             given += [f"--{name.replace('_', '-')}", str(value)]
     if entry.model:
         given += ["--model", entry.model]
-    if entry.reads:
-        given += [entry.reads[0], str(options.out / entry.reads[1])]
+    for option, study in entry.reads:
+        given += [option, str(options.out / study)]
     return [*given, "--out", str(options.out / entry.name)]
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from experiments.page.options import MARKER, check_page
@@ -137,8 +138,8 @@ def section(one: Found, figures: Mapping[str, str]) -> list[str]:
 
 def pictures(one: Found) -> list[FigureFiles]:
     """The figures of a study that the page shows."""
-    there = {figure.name: figure for figure in (one.result.figures if one.result else ())}
-    return [there[name] for name in one.entry.figures if name in there]
+    there = one.result.figures if one.result else ()
+    return [figure for name in one.entry.figures for figure in there if fnmatchcase(figure.name, name)]
 
 
 def write_page(page: Path, known: Sequence[Found], model: str) -> str:

@@ -21,8 +21,8 @@ class Entry:
         name: folder of its results under `--out`, and its name for `--only`.
         command: the words after `codi`; options may follow.
         question: one line for the page.
-        figures: names of the figures that are shown, in this order.
-        reads: option that names a folder which another study wrote, and that study.
+        figures: names of the figures that are shown, in this order; "curves-*" is every one that begins so.
+        reads: options that name a folder which another study wrote, each with that study.
         model: of a page about several models, the one that it is run on.
     """
 
@@ -30,13 +30,13 @@ class Entry:
     command: tuple[str, ...]
     question: str
     figures: tuple[str, ...] = ()
-    reads: tuple[str, str] | None = None
+    reads: tuple[tuple[str, str], ...] = ()
     model: str = ""
 
     def on(self, model: str) -> Entry:
         """The same study on one of several models, its folder and pictures named after both."""
         label = Path(model).name
-        reads = None if self.reads is None else (self.reads[0], f"{label}-{self.reads[1]}")
+        reads = tuple((option, f"{label}-{study}") for option, study in self.reads)
         return dataclasses.replace(self, name=f"{label}-{self.name}", reads=reads, model=model)
 
     def called(self, before: str = "") -> str:
@@ -57,7 +57,7 @@ class Entry:
         return next(member for member in members if member.COMMAND == self.words)
 
 
-LENS = ("--lens", "lens")
+LENS = (("--lens", "lens"),)
 STUDIES: tuple[Entry, ...] = (
     Entry("lens", ("lens", "train"), "Tuned lenses for every latent × layer: held-out KL.", ("held_out",)),
     Entry("lens-show", ("lens", "show"), "What the lenses read in one prompt.", ("heatmap",), LENS),
@@ -80,5 +80,36 @@ STUDIES: tuple[Entry, ...] = (
     Entry("pca", ("pca",), "Components, and where each edit's effect goes.", ("components", "where")),
 )
 
-LANGUAGE_STUDIES: tuple[Entry, ...] = ()
+VECTORS = ("--vectors", "control-derive")
+COT = ("--vectors", "cot-derive")
+LANGUAGE_STUDIES: tuple[Entry, ...] = (
+    Entry("control-derive", ("control", "derive"), "Control vectors by every method, at every layer.", ("norms",)),
+    Entry("control-show", ("control", "show"), "What the vectors say.", ("cosines",), (VECTORS,)),
+    Entry(
+        "control-sweep", ("control", "sweep"), "Does a control vector help, beside random ones?", ("curves-*", "map*")
+    ),
+    Entry(
+        "control-hard",
+        ("control", "sweep", "--task", "indirect-objects-H"),
+        "The same where a third name distracts.",
+        ("curves-*",),
+    ),
+    Entry("control-transfer", ("control", "transfer"), "The vector of one task on another.", ("transfer",)),
+    Entry("cot-derive", ("cot", "derive"), "The vector from thinking step by step to answering at once.", ("vector",)),
+    Entry(
+        "cot-grid",
+        ("cot", "grid"),
+        "Which layer and coefficient bring chains, on validation questions.",
+        ("grid",),
+        (COT,),
+    ),
+    Entry(
+        "cot-eval",
+        ("cot", "eval"),
+        "Steering beside prompts, on test questions.",
+        ("rates", "pareto"),
+        (COT, ("--grid", "cot-grid")),
+    ),
+    Entry("circuit", ("circuit",), "Which heads make each word of a written chain of thought.", ("effects*", "*")),
+)
 """Studies of ordinary language models."""

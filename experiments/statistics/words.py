@@ -17,7 +17,8 @@ __all__ = ["interval", "markdown", "p_number", "p_text", "visible"]
 
 
 def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: float = 100, digits: int = 1) -> str:
-    """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given.
+    """An estimate as "12.3 [10.1, 14.9]", in per cent unless another scale is given; "12.3 (no interval)" where nothing
+    bounds it (a number without a range, the same in all clusters or in the only one).
 
     Args:
         row: with the column `name`, and lower and upper.
@@ -29,6 +30,8 @@ def interval(row: pd.Series | Mapping[str, Any], name: str = "mean", scale: floa
     numbers = [f"{scale * row[key]:{sign}.{digits}f}" for key in (name, "lower", "upper")]
     zero = {f"{value:{sign}.{digits}f}" for value in (0.0, -0.0)}
     numbers = [f"{0:.{digits}f}" if text in zero else text.replace("-", "−") for text in numbers]
+    if math.isinf(row["lower"]) and math.isinf(row["upper"]):
+        return f"{numbers[0]} (no interval)"
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
 

@@ -130,7 +130,10 @@ class ItemOptions(Options):
 
 def load_language_model(**arguments: Any) -> LanguageModel:
     """The model that `LanguageOptions.load_arguments` describes."""
+    from transformers.utils.logging import disable_progress_bar
+
     from lm.load import load_lm
 
+    disable_progress_bar()  # of reading files; studies have their own
     print(f"loading {arguments['name']}", file=sys.stderr, flush=True)
     return load_lm(**arguments)

@@ -7,7 +7,7 @@
     gsm8k, multiarith, svamp               the data sets of the hub
     qa15_….txt                             a published bAbI file; facebook/babi_qa:en-10k-qa15 on the hub
     mmlu:PLACE, arc:PLACE, agieval:PLACE, bigbench:PLACE
-                                           multiple choice, a file (mmlu: or folder) or hub id (choices.py)
+                                           multiple choice, a file (mmlu, bigbench: or folder) or hub id
     FILE.jsonl, .json, .csv, …             records with question, answer and, if you like, choices, id and cluster
     any other file, folder or hub id       problems with numbers as answers (readers)
 
@@ -208,11 +208,12 @@ def item_of_problem(problem: Problem, task: str, chain: Sequence[str] = (), pref
 
 
 def item_of_choice(problem: choices.ChoiceProblem, task: str) -> Item:
-    """A multiple-choice problem, answered by a letter (the first where several are right); a free one in words."""
-    question = choices.prompt(problem, "plain")
-    if problem.choices:
-        return Item(problem.prompt_id, task, question, problem.label, "letter", tuple(problem.letters), problem.cluster)
-    return Item(problem.prompt_id, task, question, problem.answers[0], "word", (), problem.cluster)
+    """A multiple-choice problem, answered by a letter; one without choices, in words."""
+    right, letters = (problem.labels, tuple(problem.letters)) if problem.choices else (problem.answers, ())
+    return Item(
+        problem.prompt_id, task, choices.prompt(problem, "plain"), right[0], "letter" if letters else "word", letters,
+        problem.cluster, accepted=tuple(right[1:]), texts=problem.choices,
+    )  # fmt: skip
 
 
 def _read(task: str, sizes: Sizes, seed: int) -> dict[str, list[Item]]:
@@ -221,7 +222,7 @@ def _read(task: str, sizes: Sizes, seed: int) -> dict[str, list[Item]]:
     reader = prefix if colon and prefix in CHOICE_READERS else ""
     source = HUB.get(task, place if reader else task)
     path = Path(source).expanduser()
-    whole = path.is_file() or (path.is_dir() and reader == "mmlu")
+    whole = path.is_file() or (path.is_dir() and reader in ("mmlu", "bigbench"))
     if whole:
         return _divided(_items(source, "test", reader), sizes, seed, task)
     wanted = {"test": sizes.test != 0, "train": bool(sizes.derivation or sizes.validation)}
@@ -259,6 +260,11 @@ def _items(source: str, split: str, reader: str) -> list[Item]:
 
 def _choice_problems(source: str, split: str, reader: str) -> list[choices.ChoiceProblem]:
     path = Path(source).expanduser()
+    if path.is_dir() and reader == "bigbench":
+        tasks = sorted(path.rglob("*.json"))
+        if not tasks:
+            raise ValueError(f"{path}: the folder has no JSON file")
+        return [problem for file in tasks for problem in choices.read_bigbench(file)]
     if path.exists():
         files = {
             "mmlu": choices.read_mmlu, "arc": choices.read_arc, "agieval": choices.read_agieval,

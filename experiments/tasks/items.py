@@ -37,6 +37,8 @@ class Item:
         chain: sentences of the written chain of thought; empty if unknown.
         form: of the text whatever the model's own form is; None: the model's.
         before: what stands between text and answer, as the model would write it.
+        accepted: further answers that are right, where a source gives several.
+        texts: of kind "letter": what the lettered choices A, B, … say, as the question has them; empty if unknown.
     """
 
     prompt_id: str
@@ -49,6 +51,8 @@ class Item:
     chain: tuple[str, ...] = ()
     form: TextForm | None = None
     before: str = " "
+    accepted: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.choices and self.answer not in self.choices:
