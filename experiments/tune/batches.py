@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -35,33 +35,24 @@ class Phase:
         begins: share of the steps before it.
         mixture: relative frequency of each task.
         modes: relative frequency of each way of asking.
-        cosine: the learning rate falls to zero as a cosine between these shares of the steps,
-        height: from this share of the highest one.
     """
 
     begins: Fraction
     mixture: Mapping[str, float]
     modes: Mapping[Mode, float]
-    cosine: tuple[Fraction, Fraction]
-    height: float = 1.0
 
 
-def _phase(
-    begins: Fraction, tasks: Sequence[float], steps: float, cosine: tuple[Fraction, Fraction], height: float = 1.0
-) -> Phase:
-    modes: dict[Mode, float] = {"steps": steps, "direct": 1.0, "neutral": 1.0}
-    return Phase(begins, dict(zip(TASKS, tasks, strict=True)), modes, cosine, height)
+def _phase(begins: Fraction, tasks: Sequence[float], modes: Sequence[float]) -> Phase:
+    return Phase(begins, dict(zip(TASKS, tasks, strict=True)), dict(zip(get_args(Mode), modes, strict=True)))
 
 
-_START, _SECOND, _THIRD, _LAST, _END = Fraction(0), Fraction(3, 10), Fraction(21, 40), Fraction(4, 5), Fraction(1)
 PHASES = (
-    Phase(_START, MIXTURE, MODES, (_START, _LAST)),
-    _phase(_SECOND, (0.5, 1.0, 2.0, 0.5, 2.0, 4.0), 3.0, (_START, _LAST)),
-    _phase(_THIRD, (0.25, 0.5, 3.0, 0.25, 4.0, 2.5), 4.0, (_THIRD, _LAST), 0.6),
-    _phase(_LAST, (0.25, 1.0, 1.0, 0.25, 4.0, 6.0), 4.0, (_LAST, _END), 0.6),
+    Phase(Fraction(0), MIXTURE, MODES),
+    _phase(Fraction(3, 8), (0.5, 1.0, 2.0, 0.5, 2.0, 4.0), (3.0, 1.0, 1.0)),
+    _phase(Fraction(21, 32), (0.25, 0.5, 3.0, 0.25, 4.0, 2.5), (4.0, 1.0, 1.0)),
 )
-WARM_UP = 0.03
-"""Share of the first cosine's steps."""
+RESTART = 0.6
+"""Share of the highest learning rate that the last phase begins with; until then it falls as without a last phase."""
 SLACK = 1.5
 """A single long text would otherwise pad all that are computed with it."""
 
@@ -90,24 +81,21 @@ def samples_of_step(options: TuneOptions, step: int) -> list[Sample]:
     """The samples of one step: a pure function of its arguments."""
     seed = f"{options.seed}-{step}"
     rng = random.Random(f"tune-{seed}")
-    phase = _phase_of(step, options.steps)
+    phase = [phase for phase in PHASES if step >= phase.begins * options.steps][-1]
     plain = stream(seed, mixture=phase.mixture, modes=phase.modes)
     shown = stream(f"{seed}-shown", mixture=ONTOLOGIES, modes={"steps": 1.0}, demonstrations=options.demonstrations)
     return [next(shown if rng.random() < options.demonstrated else plain) for _ in range(options.batch_size)]
 
 
 def learning_rate(step: int, n_steps: int) -> float:
-    """Share of the highest learning rate at a step: warm-up, and cosines that begin anew in later phases.
+    """Share of the highest learning rate at a step: warm-up and cosine, begun anew in the last phase, without warm-up.
 
     Source: warm restarts, Loshchilov and Hutter 2017, arXiv 1608.03983.
     """
-    phase = _phase_of(step, n_steps)
-    since, until = (math.ceil(share * n_steps) for share in phase.cosine)
-    return phase.height * cosine_schedule(step - since, until - since, warmup=0.0 if since else WARM_UP)
-
-
-def _phase_of(step: int, n_steps: int) -> Phase:
-    return [phase for phase in PHASES if step >= phase.begins * n_steps][-1]
+    last = math.ceil(PHASES[-1].begins * n_steps)
+    if step < last:
+        return cosine_schedule(step, n_steps)
+    return RESTART * cosine_schedule(step - last, n_steps - last, warmup=0.0)
 
 
 def collate(tokenizer: Any, samples: Sequence[Sample]) -> Batch:

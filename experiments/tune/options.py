@@ -36,14 +36,14 @@ class TuneOptions(RunOptions):
     """Folder that the finished adapter is written to; None: OUT/adapter."""
     seed: int = 0
     """Seed of adapter weights and samples."""
-    steps: int = 800
+    steps: int = 640
     """Optimiser steps."""
     batch_size: int = 16
     """Samples per optimiser step."""
     micro_batch: int = 8
     """Samples computed at once, of similar length: memory against speed."""
     lr: float = 1e-3
-    """Highest learning rate; warm-up, and cosines that begin anew (experiments/tune/batches.py)."""
+    """Highest learning rate; cosine to zero after 3 % warm-up."""
     weight_decay: float = 0.01
     """Weight decay."""
     clip: float = 1.0
@@ -62,7 +62,7 @@ class TuneOptions(RunOptions):
     """bf16: bfloat16 autocast, frozen weights held in bfloat16; float32 throughout."""
     save_every: int = 30
     """Steps between state files."""
-    eval_every: int = 160
+    eval_every: int = 80
     """Steps between accuracies on held-out samples (0: never)."""
     eval_samples: int = 12
     """Held-out samples of each task and way of asking."""
