@@ -212,12 +212,13 @@ def study_of(words: str) -> Any:
 
 
 def command_of_module(module: str) -> str | None:
-    """The subcommand that `python -m MODULE` runs: that of the module, or of the room that is called like it or that it
-    is alone in."""
+    """The subcommand that `python -m MODULE` runs: that of the module, or of the room that is called like it, that it is
+    alone in, or whose `main` it runs."""
     for name, one in COMMANDS.items():
         if one.module == module:
             return name
     inside = [name for name, one in COMMANDS.items() if one.module.startswith(f"{module}.")]
     named = [name for name in inside if module == f"experiments.{name}"]
-    found = named or inside
+    mains = [name for name in inside if COMMANDS[name].run.endswith(":main")]
+    found = named or (inside if len(inside) == 1 else mains)
     return found[0] if len(found) == 1 else None

@@ -210,7 +210,7 @@ def test_prompt_of_a_single_token(language_model, kind):
         ({"cells": [Cell(1, 0, float("nan"))]}, "coefficient of a cell must be a finite number"),
         ({"vectors": torch.zeros(2, 3, 32)}, r"vectors must be \(vector, 4, 32\), got \(2, 3, 32\)"),
         ({"vectors": torch.full((2, 4, 32), float("inf"))}, "vectors must be finite"),
-        ({"positions": "first"}, "positions must be one of all, prompt, generated, last, once, got 'first'"),
+        ({"positions": "first"}, "positions must be one of all, prompt, generated, last, once, answer, got 'first'"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"max_new_tokens": -1}, "max_new_tokens must be 1 or more"),
         ({"temperature": 1.0, "max_new_tokens": 2}, "needs a seeded generator"),
