@@ -212,8 +212,8 @@ def study_of(words: str) -> Any:
 
 
 def command_of_module(module: str) -> str | None:
-    """The subcommand that `python -m MODULE` runs: that of the module, or of the room that is called like it, that it is
-    alone in, or whose `main` it runs."""
+    """The subcommand that `python -m MODULE` runs: that of the module, or of the room that is called like it, that it
+    is alone in, or whose `main` it runs."""
     for name, one in COMMANDS.items():
         if one.module == module:
             return name
