@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from experiments.tasks.answers import COMMON, Reading
 from experiments.tasks.item_answers import read_answer, repetition
-from experiments.tasks.items import Item
+from experiments.tasks.items import Item, ItemSplits
 
 WORD = Item("a", "t", "q", "Mary", "word", ("Mary", "Tom"))
 NUMBER = Item("b", "t", "q", "18", "number")
@@ -57,3 +58,13 @@ def test_repetition() -> None:
     assert repetition([5, 5, 5, 5], 1) == 0.75
     with pytest.raises(ValueError, match="size must be 1"):
         repetition([1], 0)
+
+
+def test_numbers_by_the_rule_that_the_items_came_with() -> None:
+    splits = ItemSplits(test=(NUMBER,), derivation=(Item("c", "t", "another", "18", "number"),))
+    assert splits.read_by(COMMON) is splits
+    (published,) = splits.read_by(Reading("published")).test
+    text = "#### 18 (and not 5)"
+    assert read_answer(NUMBER, text).correct and not read_answer(published, text).correct
+    assert read_answer(published, text).prediction == "5"
+    assert splits.read_by(Reading("published")).record() == splits.record()  # the rule is no part of the items

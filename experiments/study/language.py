@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from experiments.study.options import Options
+from experiments.study.options import JudgingOptions, Options
+from experiments.tasks import Reading
 from lm.terms import Attention, Device, Dtype
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class ItemOptions(Options):
                 f"{task or self.task}: {len(found.derivation)} derivation items are too few for vectors and "
                 f"{self.examples} examples: at least {self.examples + 2} are needed"
             )
-        return found
+        return found.read_by(Reading(self.answers)) if isinstance(self, JudgingOptions) else found
 
 
 def load_language_model(**arguments: Any) -> LanguageModel:

@@ -341,7 +341,7 @@ class PublishedPromptOptions(PromptOptions):
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ThreadOptions(Options):
     """How much of the machine is used."""
 

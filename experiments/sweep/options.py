@@ -21,9 +21,9 @@ from experiments.study.options import (
     Bounds,
     ControlOptions,
     ModelOptions,
-    Options,
     PublishedPromptOptions,
     RunOptions,
+    ThreadOptions,
 )
 from lm.terms import CONTROLS, PARTS, SPACES, TIMINGS, KeyFrame, Timing
 
@@ -292,7 +292,7 @@ def check_run(run: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SettingOptions(Options):
+class SettingOptions(ThreadOptions):
     """Settings of the statistics; what is not given stays as it was in the run folder."""
 
     AT_LEAST: ClassVar[Mapping[str, float]] = {"resamples": 100, "permutations": 100, "seed": 0}

@@ -2,7 +2,7 @@
 
     word    the text begins with the answer: blanks, quotes, stars and brackets before it and the case of letters do not
             count, and no letter or digit may follow ("Mary." and "**mary**" are Mary, "Maryland" and "to Mary" are not)
-    number  the number grammar of the data sets (answers.py)
+    number  by the item's own reading: the number grammar of the data sets, or the published rule (answers.py)
     letter  a letter of the choices at the beginning ("B.", "(B) …"), else the last one in brackets, else the one after
             "answer is"
 
@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.tasks.answers import extract_answer, is_correct, parse_number
+from experiments.tasks.answers import parse_number
 from experiments.tasks.items import Item
 
 __all__ = ["ReadAnswer", "read_answer", "repetition"]
@@ -68,8 +68,8 @@ def _number(item: Item, text: str) -> ReadAnswer:
     answer = parse_number(item.answer)
     if answer is None:
         raise ValueError(f"{item.prompt_id}: the answer {item.answer!r} is no number")
-    found = extract_answer(text)
-    return ReadAnswer("" if found is None else f"{found:.12g}", is_correct(text, answer))
+    found = item.reading.number(text)
+    return ReadAnswer("" if found is None else f"{found:.12g}", item.reading.agrees(text, answer))
 
 
 def _letter(text: str, letters: Sequence[str]) -> str:

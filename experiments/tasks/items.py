@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+from experiments.tasks.answers import COMMON, Reading
 from lm.terms import TextForm
 
 __all__ = ["AnswerKind", "Item", "ItemSplits", "items_digest"]
@@ -39,6 +40,7 @@ class Item:
         before: what stands between text and answer, as the model would write it.
         accepted: further answers that are right, where a source gives several.
         texts: of kind "letter": what the lettered choices A, B, … say, as the question has them; empty if unknown.
+        reading: of kind "number": how the answer is read from a text.
     """
 
     prompt_id: str
@@ -53,6 +55,7 @@ class Item:
     before: str = " "
     accepted: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    reading: Reading = field(default=COMMON, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.choices and self.answer not in self.choices:
@@ -95,6 +98,14 @@ class ItemSplits:
     def parts(self) -> dict[str, tuple[Item, ...]]:
         """The three by name."""
         return {"derivation": self.derivation, "validation": self.validation, "test": self.test}
+
+    def read_by(self, reading: Reading) -> ItemSplits:
+        """The same items, whose numbers are read from texts in this way."""
+        if reading == COMMON:
+            return self
+        return ItemSplits(**{
+            name: tuple(replace(item, reading=reading) for item in items) for name, items in self.parts.items()
+        })
 
     def record(self) -> dict[str, str | int]:
         """Hashes and sizes, for the manifest."""
