@@ -56,6 +56,12 @@ COLOUR = Item(
         (STORY, "Emily is a mouse. Emily is a mouse. Emily is a mouse. cat", True, 1, True),  # a fact counts once
         (STORY, "We know that Emily is a mouse, so it must be the wolves.", True, 1, False),
         (STORY, "Emily is a wolf. cat", False, 0, True),
+        (STORY, " cat. Emily is a mouse. Mice are afraid of cats. wolf. wolf.", False, 0, True),  # answered at once
+        (STORY, "mouse\nEmily is a mouse. Mice are afraid of cats. cat", False, 0, False),
+        (STORY, "mice are afraid of cats. Emily is a mouse. cat", True, 2, True),  # a fact, no answer
+        (SUM, " 31. 6 * 4 = 24, 6 + 24 = 30, 30", False, 0, True),
+        (SUM, "6 * 4 = 24, 6 + 24 = 30. 30", True, 2, True),
+        (SUM, "6.5 is no answer. 6 * 4 = 24. 30", True, 1, True),
         (COLOUR, "Lily is a frog. Tom is a frog. Tom is green. Lily is green. green", True, 4, True),
         (COLOUR, "blue", False, 0, False),
     ],

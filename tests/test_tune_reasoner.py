@@ -100,7 +100,7 @@ def test_a_run(adapter: Path, tmp_path: Path) -> None:
     text = card.read_text()
     assert text.startswith("# Card") and text.endswith("after\n") and "old" not in text
     assert "\n| ontology-3 | " in text and f"Printed by `{result.command}`" in text
-    assert "base, n = 2 of each task" in text
+    assert "**base**, n = 2 of each task:\n\n| asked |" in text  # the table begins on a line of its own
     names = [f"part-model-{name}.parquet" for name in ("neutral", "neutral-sampled")]
     sampled = [pd.read_parquet(tmp_path / "run" / "trials" / name) for name in names]
     assert (sampled[0]["text"] != sampled[1]["text"]).any()

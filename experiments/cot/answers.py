@@ -9,6 +9,10 @@ has one.
     word, True or False   the first True or False                         – (no such task)
     word, other choices   the choice named last, also in the plural       – (no such task)
 
+A text whose first sentence is nothing but an answer ("sheep. Sheep are …", "29. 29 + 8 = 37") was answered at once:
+whatever it writes afterwards stands behind the answer, `at` is 0; of words that answer counts. Numbers are still read
+as the harness reads them, from the end.
+
 Where a lettered item does not say what its choices are: the last "(B)", else the letter after "answer is".
 
 An answer that cannot be read is None and counts as wrong. Knows nothing about chains (measures.py) or models.
@@ -29,6 +33,7 @@ __all__ = ["Reading", "choice_problem", "is_truth", "read"]
 _TRUTH = re.compile(r"\b(?:True|False)\b")
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _SAID = re.compile(r"answer(?: is|:)\s*\W*([A-Z])\b", re.IGNORECASE)
+_BARE_NUMBER = re.compile(r"\W*-?\d+(?:,\d{3})*(?:\.\d+)?\s*(?:[.!?,;](?!\d)|\n|$)")
 _FIGURES = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 _PLURALS = {one: many for words in VOCABULARIES.values() for one, many in words.fearing}
 
@@ -85,7 +90,7 @@ def choice_problem(item: Item) -> ChoiceProblem:
 def _number(item: Item, text: str) -> Reading:
     found = flexible_number(text)
     places = list(_FIGURES.finditer(text))
-    at = None if found is None else places[-1].start() if places else 0
+    at = None if found is None else places[-1].start() if places and not _BARE_NUMBER.match(text) else 0
     return Reading(found, is_right_number(found, item.answer), at)
 
 
@@ -108,8 +113,10 @@ def _named(item: Item, text: str) -> Reading:
     found = list(re.finditer(rf"\b(?:{any_name})\b", text, flags=re.IGNORECASE))
     if not found:
         return Reading(None, False, None)
-    choice = names[found[-1][0].lower()]
-    return Reading(choice, choice in (item.answer, *item.accepted), found[-1].start())
+    at_once = re.match(rf"\W*({any_name})\s*(?:[.!?,;]|\n|$)", text, flags=re.IGNORECASE)
+    name, at = (found[-1][0], found[-1].start()) if at_once is None else (at_once[1], 0)
+    choice = names[name.lower()]
+    return Reading(choice, choice in (item.answer, *item.accepted), at)
 
 
 def _forms(word: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """What is measured of every text: the answer, the chain before it, its length, and whether it repeats itself.
 
-A text has a *chain* if at least one valid intermediate step stands before its answer. What is a valid step depends on
-the question, and is checked, not taken from the wording:
+A text has a *chain* if at least one valid intermediate step stands before its answer. What follows an answer that was
+given at once (answers.py) stands behind it. What is a valid step depends on the question, and is checked, not taken
+from the wording:
 
     numbers, letters   an equation of written figures whose two sides are equal (tasks/chains.py); one that ends in the
                        answer itself does not stand before it
@@ -89,7 +90,9 @@ def _steps(item: Item, text: str, reading: Reading) -> tuple[int, int, bool]:
         found = score_ontology(item.question, text)
         return found.steps, found.valid_steps, found.is_chain
     if item.kind in ("number", "letter") or not item.chain:
-        at = None if item.kind == "number" else len(text) if reading.at is None else reading.at
+        at = len(text) if reading.at is None else reading.at
+        if item.kind == "number" and reading.at != 0:
+            at = None  # the last number; nothing stands before an answer at once
         score = score_arithmetic(text, at, _units(item))
         return score.steps, score.valid_steps, reading.parsed and score.valid_steps > 0
     return _facts(item, text[: reading.at], reading.parsed)

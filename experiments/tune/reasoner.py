@@ -177,8 +177,8 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
     sections = [Section(_about(plan))]
     for who, name in plan.names:
         n = plan.n if who == "model" else plan.base_items
-        heading = f"{name}, n = {n} of each task"
-        sections.append(Section(_table(rates[rates["model"] == who]), heading))
+        sections.append(Section(f"**{name}**, n = {n} of each task:"))
+        sections.append(Section(_table(rates[rates["model"] == who])))
         sections.append(Section(_gain(gains[gains["model"] == who], plan.settings.level)))
     return Findings(sections, {"rates": rates, "gains": gains})
 
