@@ -387,4 +387,4 @@ def test_layers_that_the_model_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="transfer takes one layer"):
         TransferOptions(layers=("1-3",))
     with pytest.raises(ValueError, match="unknown task"):
-        TransferOptions(tasks=("babi-15", "nothing")).check_inputs()
+        TransferOptions(model="checkpoints/tiny", tasks=("babi-15", "nothing")).check_inputs()
