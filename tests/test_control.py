@@ -198,7 +198,7 @@ def test_vectors_are_made_read_shown_and_refused(tmp_path: Path) -> None:
         make_plan(given, word_model(seed=1, weights_hash="b" * 64), options.load_items(0, model.tokenizer))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no vectors at"):
-        dataclasses.replace(options, vectors=tmp_path / "nowhere").check_inputs()
+        dataclasses.replace(options, model="checkpoints/tiny", vectors=tmp_path / "nowhere").check_inputs()
 
 
 def making_agrees(options: SweepOptions, making: DeriveOptions, model: LanguageModel) -> bool:

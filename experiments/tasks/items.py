@@ -103,9 +103,9 @@ class ItemSplits:
         """The same items, whose numbers are read from texts in this way."""
         if reading == COMMON:
             return self
-        return ItemSplits(**{
-            name: tuple(replace(item, reading=reading) for item in items) for name, items in self.parts.items()
-        })
+        return ItemSplits(
+            **{name: tuple(replace(item, reading=reading) for item in items) for name, items in self.parts.items()}
+        )
 
     def record(self) -> dict[str, str | int]:
         """Hashes and sizes, for the manifest."""
