@@ -32,7 +32,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from codi.adapter import ADAPTER_CONFIG, Adapter, read_adapter
@@ -54,6 +54,7 @@ from codi.places import BASE_FOLDER, PUBLISHED_ALPHA, PUBLISHED_R, Place, locate
 from codi.protocol import FAMILIES, PROTOCOL_TOKENS, Protocol, UserError, answer_only, original
 from lm.forward import feed
 from lm.terms import DTYPES, Attention, ControlText, Dtype, Mask, Rope
+from lm.tokenizer import read_tokenizer
 from lm.weights import hash_files, read_object, read_state, refuse_pointer, weight_files
 
 __all__ = ["load_codi", "reference_state", "save_checkpoint"]
@@ -89,10 +90,8 @@ def _read_tokenizer(folder: Path) -> Any:
     for name in (*TOKENIZER_FILES, "special_tokens_map.json"):
         refuse_pointer(folder / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tokenizer(["1+1=?"])  # some settings are first looked at here
-        return tokenizer
-    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
+        return read_tokenizer(str(folder), local=True)
+    except UserError as error:
         for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
             if (folder / name).is_file():
                 try:

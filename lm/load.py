@@ -33,6 +33,7 @@ from lm.partial import above, below
 from lm.places import refuse_missing
 from lm.terms import Attention, Dtype, TextForm
 from lm.text import EncodedBatch
+from lm.tokenizer import read_tokenizer
 from lm.weights import ADAPTER_FILES, UNREADABLE, hash_files, read_object, refuse_pointer, weight_files
 
 __all__ = ["ADAPTER_CONFIG", "base_of", "check_model", "load_lm"]
@@ -86,7 +87,7 @@ def load_lm(
     weights = _read(source, file, dtype, attention).to(device)
     model = LanguageModel(
         weights,
-        _tokenizer(source, file),
+        read_tokenizer(source, file),
         name=Path(name).name if place.exists() else name,
         blocks=blocks,
         norm=norm,
@@ -144,16 +145,6 @@ def _read(source: str, file: str | None, dtype: Dtype, attention: Attention) -> 
             del base.config.quantization_config
         base = base.to(kind)
     return base
-
-
-def _tokenizer(source: str, file: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    more = {} if file is None else {"gguf_file": file}
-    try:
-        return AutoTokenizer.from_pretrained(source, **more)
-    except (*UNREADABLE, ImportError, struct.error) as error:
-        raise UserError(f"the tokenizer of {file or source} could not be loaded: {_line(error)}") from error
 
 
 def _with_adapter(folder: Path, base: str | None, *, form: TextForm | None, **options: Any) -> LanguageModel:

@@ -292,3 +292,16 @@ def test_the_check_catches_a_broken_model(how, message):
     with pytest.raises(UserError, match=f"broken cannot be used: {message}") as caught:
         check_model(broken(how))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["model", "pre_tokenizer", "added_tokens", ""])
+def test_a_damaged_tokenizer_is_refused_in_one_line(own, part):
+    """Also where the tokenizers library raises bare `Exception` (a model or a pre-tokenizer of an unknown kind)."""
+    path = own / "tokenizer.json"
+    record = json.loads(path.read_text())
+    if part:
+        record[part] = {"type": "Nobody"} if part != "added_tokens" else "none"
+    path.write_text(json.dumps(record) if part else '{"version": 1')
+    with pytest.raises(UserError, match="the tokenizer of .* could not be loaded") as error:
+        load_lm(str(own))
+    assert "\n" not in str(error.value)

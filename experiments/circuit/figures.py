@@ -145,7 +145,7 @@ def draw_rift(table: pd.DataFrame, marks: Mapping[str, Sequence[int]]) -> Figure
     figure, axes = new_figure(rows, columns, height=1.9, sharex=True)
     for axis in axes.flat[len(kinds) :]:
         axis.set_visible(False)
-    for place, (axis, kind) in enumerate(zip(axes.flat, kinds, strict=False)):
+    for place, (axis, kind) in enumerate(zip(axes.flat[: len(kinds)], kinds, strict=True)):
         for number, prior in enumerate(("context", "pretraining")):
             own = table[(table["kind"] == kind) & (table["prior"] == prior)].sort_values("layer")
             draw_series(axis, own["layer"], own, f"{prior} prior", number, step=0.0, markersize=0)

@@ -193,10 +193,7 @@ STUDY: Study[LatentCircuitOptions, Plan] = Study(
     attention="eager",
 )
 
-
-def main(options: LatentCircuitOptions) -> None:
-    """Load, run, print the summary."""
-    STUDY.main(options)
+main = STUDY.main
 
 
 if __name__ == "__main__":

@@ -299,10 +299,7 @@ STUDY: Study[CircuitOptions, Plan] = Study(
     attention="eager",
 )
 
-
-def main(options: CircuitOptions) -> None:
-    """Load, run, print the summary."""
-    STUDY.main(options)
+main = STUDY.main
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def curves_figure(found: pd.DataFrame, methods: Sequence[str], layer: int, level
     rows = -(-len(shown) // 4)
     figure, axes = new_figure(rows, 4, 1.75)
     panels: list[Axes] = list(axes.ravel())
-    for panel, outcome in zip(panels, shown, strict=False):
+    for panel, outcome in zip(panels[: len(shown)], shown, strict=True):
         title, factor = PANELS[outcome]
         part = here[here["outcome"] == outcome]
         _curves(panel, part, methods, factor)
@@ -183,7 +183,7 @@ def cosine_figure(layers: Mapping[str, np.ndarray], methods: pd.DataFrame, first
     figure, axes = new_figure(-(-number // columns), columns, 2.3)
     panels = list(axes.ravel())
     scale = Scale(-1.0, 1.0, CORRELATION)
-    for panel, (method, table) in zip(panels, layers.items(), strict=False):
+    for panel, (method, table) in zip(panels[: len(layers)], layers.items(), strict=True):
         names = [str(first_layer + i) for i in range(len(table))]
         draw_matrix(panel, table, names, names, f"{method}: between layers", ".1f", scale=scale, upwards=True)
     if pairs:

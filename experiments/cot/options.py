@@ -184,7 +184,7 @@ class GridOptions(RunOptions, SteeringOptions, SetOptions, LanguageOptions):
     batch_size: int = 32
     layers: tuple[int, ...] | None = None
     """Layers from 1; None: three, at a third, half and two thirds of the depth."""
-    coefficients: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    coefficients: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
     """Multiples of the vector, the same for both ways of steering."""
     choose: ChooseBy = "chains"
     """What decides: the rate of chains, or accuracy. Ties: the other one, then the smaller coefficient, then the lower

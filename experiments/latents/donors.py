@@ -50,8 +50,9 @@ def by_key(problems: Sequence[Problem]) -> dict[Key, list[int]]:
 
 
 def other_keys(keys: Sequence[Key], problem: Problem) -> list[Key]:
-    """The keys that differ from the problem's in every value."""
+    """The keys that differ from the problem's in every value that both have, the answer (the last one) among them."""
     own = key_of(problem)
+    # Keys of problems with other numbers of steps are compared as far as both go: strict=False.
     return [key for key in keys if key[-1] != own[-1] and all(a != b for a, b in zip(key, own, strict=False))]
 
 

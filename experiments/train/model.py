@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from codi.model import CodiModel
 from codi.parts import Projection
@@ -19,6 +19,7 @@ from codi.protocol import answer_only, original
 from codi.tokenizer import CODI_SPECIAL_TOKENS, build_tokenizer
 from experiments.tasks import arithmetic, templates
 from experiments.train.options import Resolved
+from lm.tokenizer import read_tokenizer
 
 __all__ = ["build_model", "freeze_in_bfloat16", "frozen_base"]
 
@@ -28,7 +29,7 @@ def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
     tokenizer: Any
     base: Any
     if config.init:
-        tokenizer = AutoTokenizer.from_pretrained(config.init)
+        tokenizer = read_tokenizer(config.init)
         base = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32, attn_implementation=attention)
         vocabulary = max(int(base.get_input_embeddings().weight.shape[0]), len(tokenizer))
         base.resize_token_embeddings(vocabulary + len(CODI_SPECIAL_TOKENS), mean_resizing=False)
