@@ -145,6 +145,9 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"steps": 3, "epochs": 2.0}, "--steps or --epochs, not both: got 3 and 2"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"init": "no/such-base"}, "base model no/such-base is neither a folder"),
+        ({"lora_dropout": 0.1}, "lora-dropout 0.1 cannot act on merged weights: give --no-merged"),
+        ({"lora_dropout": 1.0}, "lora-dropout must be a fraction below 1, got 1"),
+        ({"step_latents": "4:1"}, "latents of step-latents must be in 1..3"),
     ],
 )
 def test_mistakes(tmp_path: Path, changes: dict, message: str) -> None:  # type: ignore[type-arg]
@@ -224,7 +227,7 @@ def test_published_settings_are_those_of_the_base(bases: dict[str, str], data: s
         assert (found.lora_r, found.lora_alpha, found.weight_decay, found.clip) == (128, 32, 0.1, 2.0)
         assert (found.batch_size, found.teacher_weight, found.teacher_fraction) == (128, 1, 1)
         assert found.teacher_steps == 0 and not found.merged and not found.last_step
-        assert found.step_weight == 0
+        assert found.step_weight == 0 and found.decoder_weight == 0 and found.lora_dropout == 0.1
     assert llama.direct_fraction * llama.direct_weight == 1 and gpt2.direct_fraction == 0
     tiny = resolve(TrainOptions())
     assert tiny == Resolved(preset="tiny") and tiny.merged and tiny.teacher_steps > 0
@@ -290,6 +293,51 @@ def test_the_last_equation_can_be_left_out() -> None:
 def test_the_step_term_leaves_in_time() -> None:
     shares = [training_stage.guidance(step, 1000) for step in (0, 499, 625, 750, 999)]
     assert shares == pytest.approx([1, 1, 0.5, 0, 0])
+    sooner = [training_stage.guidance(step, 1000, 0.3) for step in (0, 199, 250, 300, 999)]
+    assert sooner == pytest.approx([1, 1, 0.5, 0, 0])
+    assert [training_stage.guidance(step, 1000, 1.5) for step in (0, 999)] == [1, 1]
+    assert training_stage.guidance(0, 1000, 0.0) == 0
+
+
+def test_held_out_problems_are_as_long_as_those_trained_on(finished: Path) -> None:
+    model = load_codi(finished / "checkpoint")
+    for weights, lengths in (((1, 1, 1, 1, 1), {3, 4, 5}), ((0, 0, 1, 0, 0), {3}), ((1, 1, 0, 0, 0), {2})):
+        config = resolve(replace(TOY, last_weights=weights, eval_problems=20))
+        assert {len(p.steps) for p in training_data.load_data(config, model)[1]} == lengths
+
+
+def test_an_auxiliary_decoder_is_trained_and_left_out(tmp_path: Path) -> None:
+    main(replace(TOY, out=tmp_path / "run", decoder_weight=1.0, step_weight=0.0))
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    found = [float(row["value"]) for row in rows if row["term"] == "decoder"]
+    assert len(found) == 4 and all(value > 0 for value in found)
+    assert any("decoder" in name for name in torch.load(tmp_path / "run" / "distillation.pt")["weights"])
+    assert not any("decoder" in name for name in state(tmp_path / "run"))
+    load_codi(tmp_path / "run" / "checkpoint")
+
+
+def test_dropout_acts_while_training_only_and_a_stopped_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TOY, lora_dropout=0.5, merged=False, save_every=1, teacher_steps=1)
+    main(replace(config, out=tmp_path / "one"))
+    main(replace(config, out=tmp_path / "none", lora_dropout=None))
+    whole = training_data.problems_of_step
+
+    def failing(*arguments: object) -> object:
+        if arguments[2:4] == ("distillation", 2):
+            raise KeyboardInterrupt
+        return whole(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training_stage, "problems_of_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        main(replace(config, out=tmp_path / "two"))
+    monkeypatch.setattr(training_stage, "problems_of_step", whole)
+    main(replace(config, out=tmp_path / "two"))
+    one, two, none = (state(tmp_path / name) for name in ("one", "two", "none"))
+    assert any(not torch.equal(one[name], none[name]) for name in one)  # it does act
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], msg=name)
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------

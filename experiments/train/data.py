@@ -22,7 +22,7 @@ __all__ = ["Text", "load_data", "micro_batches", "problems_of_step", "text_of"]
 
 @dataclass(frozen=True)
 class Text:
-    """A training problem as codi.training reads it."""
+    """A training problem as codi.batches reads it."""
 
     question: str
     chain: str
@@ -39,7 +39,9 @@ def text_of(problem: Problem, style: str, last_step: bool = True) -> Text:
 def load_data(config: Resolved, model: CodiModel) -> tuple[list[Problem] | None, list[Problem], int]:
     """Training problems (None: the endless generator), held-out problems and the number of distillation steps."""
     if config.data == ENDLESS:
-        return None, arithmetic.generate(config.eval_problems, seed=1, split="test", min_steps=3), config.steps
+        lengths = [steps for steps, weight in enumerate(config.last_weights, start=1) if weight] or [1]
+        low, high = max(min(3, lengths[-1]), lengths[0]), lengths[-1]
+        return None, arithmetic.generate(config.eval_problems, 1, "test", low, high), config.steps
     reading = Reading(config.answers, config.decimal_comma)
     suffix = model.protocol.question_suffix
     loaded = load_task(config.data, "train", None, config.seed, suffix, decimal_comma=config.decimal_comma)

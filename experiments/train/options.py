@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from codi.step_latents import parse_step_latents
 from experiments.study.manifest import check_out, command_of, differences, read_manifest, refuse_other
 from experiments.study.options import JudgingOptions, RunOptions, identity_of
 from lm.errors import UserError
@@ -22,6 +23,7 @@ ENDLESS = "arithmetic"
 PUBLISHED: dict[str, Any] = {
     "lora_r": 128,
     "lora_alpha": 32.0,
+    "lora_dropout": 0.1,  # train.py of zhenyi4/codi gives LoraConfig this number, whatever its options say
     "weight_decay": 0.1,
     "batch_size": 128,
     "teacher_weight": 1.0,
@@ -46,11 +48,16 @@ class TrainOptions(JudgingOptions, RunOptions):
     """Train a CODI model."""
 
     COMMAND: ClassVar[str] = "train"
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"teacher_steps": 0, "steps": 1, "epochs": 0, "micro_batch": 1}
+    AT_LEAST: ClassVar[Mapping[str, float]] = {
+        "teacher_steps": 0, "steps": 1, "epochs": 0, "micro_batch": 1, "n_latents": 1, "lora_dropout": 0,
+        "step_until": 0, "decoder_weight": 0, "decoder_layers": 1,
+    }  # fmt: skip
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {"device", "preset", "save_every", "eval_every", "eval_problems", "answers"}
     )
-    LATER: ClassVar[frozenset[str]] = frozenset({"decimal_comma"})
+    LATER: ClassVar[frozenset[str]] = frozenset(
+        {"decimal_comma", "lora_dropout", "step_latents", "step_until", "decoder_weight", "decoder_layers"}
+    )
     IDENTITY: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     out: Path = Path("runs/train")
@@ -106,6 +113,9 @@ class TrainOptions(JudgingOptions, RunOptions):
     """LoRA rank (published 128)."""
     lora_alpha: float | None = None
     """LoRA scale is alpha / r (published 32)."""
+    lora_dropout: float | None = None
+    """Dropout on what enters a LoRA layer, a fraction (published 0.1, tiny 0); needs --no-merged. While a model is
+    trained, dropouts of its own (GPT-2 has some) act too, as in published training."""
     prj_dim: int | None = None
     """Width of the projection (llama-1b 2048, gpt2 768)."""
     latent_scale: float | None = None
@@ -120,8 +130,20 @@ class TrainOptions(JudgingOptions, RunOptions):
     published 1)."""
     step_weight: float | None = None
     """Weight of the step term at the start: the state that becomes latent k is to predict what the teacher predicts
-    where it writes the result of step k (published 0: CODI guides no single latent). It is constant for 50 % of the
-    stage, falls to 0 until 75 %, and the rest is published CODI."""
+    where it writes the result of step k (published 0: CODI guides no single latent). Constant at first, then falling to
+    0 (see --step-until); the rest is published CODI."""
+    step_latents: str = "same"
+    """Which latent learns which step, by the step term and by the decoder. same: latent k step k; later: latent k + 1
+    step k; or pairs such as 2:1,4:2 (only these), a latent that is to say nothing: 3:-. What learns is the state that
+    becomes the latent: h_1 for latent 2 (h_6 for latent 7 of six). A step beyond the last counts as the last."""
+    step_until: float = 0.75
+    """Share of the stage after which the step term has gone: it is constant for two thirds of that time, then falls.
+    1.5 or more: constant to the end."""
+    decoder_weight: float | None = None
+    """Weight of an auxiliary decoder, a small transformer that reads a latent and writes its step (SIM-CoT, arXiv
+    2509.20317: 1, constant; published CODI and tiny: 0, none). It is not part of the checkpoint."""
+    decoder_layers: int = 2
+    """Blocks of that decoder."""
     direct_weight: float | None = None
     """Weight of the direct-answer term (published 1)."""
     direct_fraction: float | None = None
@@ -135,7 +157,7 @@ class TrainOptions(JudgingOptions, RunOptions):
     """Whether the written chain holds its last equation (published: no, because a teacher that has written the result
     only copies it)."""
     merged: bool | None = None
-    """Compute with merged LoRA weights: faster for small models (codi.training.MergedLora; tiny yes, published no)."""
+    """Compute with merged LoRA weights: faster for small models (codi.merged; tiny yes, published no)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
@@ -147,6 +169,12 @@ class TrainOptions(JudgingOptions, RunOptions):
     """Steps between accuracies on held-out problems (0: never)."""
     eval_problems: int = 200
     """Held-out problems of each such accuracy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_step_latents(self.step_latents, self.n_latents)
+        if self.lora_dropout is not None and self.lora_dropout >= 1:
+            raise UserError(f"lora-dropout must be a fraction below 1, got {self.lora_dropout:g}")
 
     def check_inputs(self) -> None:
         if not self.init:
@@ -170,12 +198,14 @@ class Resolved(TrainOptions):
     micro_batch: int = 64
     lora_r: int = 128
     lora_alpha: float = 64.0
+    lora_dropout: float = 0.0
     prj_dim: int = 384
     latent_scale: float = 0.0
     kd_weight: float = 20.0
     teacher_weight: float = 10.0
     teacher_fraction: float = 0.6
     step_weight: float = 2.0
+    decoder_weight: float = 0.0
     direct_weight: float = 0.0
     direct_fraction: float = 0.03
     last_step: bool = True
@@ -217,6 +247,10 @@ def resolve(options: TrainOptions) -> Resolved:
     resolved = Resolved(**{**values, "preset": preset})
     if not resolved.init and not resolved.teacher_steps:
         raise UserError("a model from scratch needs a teacher stage: give --teacher-steps > 0 or --init")
+    if resolved.merged and resolved.lora_dropout:
+        raise UserError(
+            f"lora-dropout {resolved.lora_dropout:g} cannot act on merged weights: give --no-merged or --lora-dropout 0"
+        )
     return resolved
 
 

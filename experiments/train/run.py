@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from codi.checkpoint import reference_state, save_checkpoint
+from codi.decoder import StepDecoder
 from codi.lora import add_lora
 from codi.model import CodiModel
 from codi.training import DistillationLoss, TeacherLoss
@@ -128,13 +129,14 @@ def _distil(
     accelerator: Accelerator,
 ) -> None:
     """The second stage: LoRA and the projection learn what the teacher knows."""
-    add_lora(model.base, config.lora_r, config.lora_alpha)
+    add_lora(model.base, config.lora_r, config.lora_alpha, config.lora_dropout)
     if isinstance(base, str) and config.precision == "bf16":
         freeze_in_bfloat16(model.base)
     model.base.to(accelerator.device)
     with torch.no_grad():
         rms = float(model.base.get_input_embeddings().weight.float().pow(2).mean().sqrt())
         model.prj.get_parameter("ln.weight").fill_(config.latent_scale or rms)
+    decoder = StepDecoder(model, config.decoder_layers).to(accelerator.device) if config.decoder_weight else None
     loss = DistillationLoss(
         model,
         config.n_latents,
@@ -145,6 +147,9 @@ def _distil(
         config.direct_fraction,
         config.merged,
         torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        step_latents=config.step_latents,
+        decoder=decoder,
+        decoder_weight=config.decoder_weight,
     )
     stage = Stage("distillation", n_steps, config.lr, config.weight_decay, (0.9, 0.999))
     run_stage(stage, loss, model, config, data, held_out, accelerator)
