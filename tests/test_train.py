@@ -158,6 +158,22 @@ def test_held_out_problems_are_as_long_as_those_of_training(finished: Path) -> N
     assert training_data.load_data(resolve(TOY), model)[1] == old
 
 
+def test_a_teacher_is_taken_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    main(replace(TOY, out=tmp_path / "run", teacher=str(finished / "checkpoint"), teacher_steps=None))
+    before, after = state(finished), state(tmp_path / "run")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        trained = "lora_" in name or name.startswith("prj.")
+        assert trained or torch.equal(weight, after[name]), name
+    assert not torch.equal(before["prj.1.weight"], after["prj.1.weight"])  # begun anew
+    for side in ("base/model.safetensors", "base/tokenizer.json", "tokenizer.json"):
+        copies = [folder / "checkpoint" / side for folder in (finished, tmp_path / "run")]
+        assert copies[0].read_bytes() == copies[1].read_bytes(), side
+    assert load_codi(tmp_path / "run" / "checkpoint").protocol == load_codi(finished / "checkpoint").protocol
+    log = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert {row["stage"] for row in log} == {"distillation"}
+
+
 def test_batches_are_a_function_of_seed_and_step() -> None:
     def draw(seed: int, step: int) -> list[str]:
         config = resolve(replace(TOY, seed=seed))
@@ -181,6 +197,8 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"last_weights": (0.0,) * 5}, "last-weights must be 5 numbers of 0 or more, not all 0"),
         ({"first_weights": (1.0, 2.0)}, "first-weights must be 5 numbers of 0 or more"),
         ({"init": "no/such-base"}, "base model no/such-base is neither a folder"),
+        ({"teacher": "checkpoints/tiny"}, "neither --init nor --teacher-steps can be given; got 3"),
+        ({"teacher": "no/such-model", "teacher_steps": None}, "no/such-model"),
     ],
 )
 def test_mistakes(tmp_path: Path, changes: dict, message: str) -> None:  # type: ignore[type-arg]
