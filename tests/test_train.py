@@ -126,6 +126,38 @@ def test_a_published_base_needs_no_teacher(finished: Path, tmp_path: Path) -> No
     torch.testing.assert_close(state(tmp_path / "run")[key].float(), state(finished)[key].float())
 
 
+def test_polynomial_problems_from_scratch(tmp_path: Path) -> None:
+    """Another generator: its own words are tokens, training never sees a held-out sequence, hops go by the weights."""
+    weights = (0.0, 1.0, 1.0, 0.0, 0.0)
+    config = replace(
+        TOY, out=tmp_path / "run", data="polynomial:m=31,b=2", first_weights=weights, last_weights=weights
+    )  # fmt: skip
+    main(config)
+    model = load_codi(tmp_path / "run" / "checkpoint")
+    problems, held_out, _ = training_data.load_data(resolve(config), model)
+    assert problems is None and {len(p.steps) for p in held_out} == {3} and "Modulo 31." in held_out[0].question
+    seen = training_data.problems_of_step(resolve(config), None, "distillation", 0, 4)
+    assert {len(p.steps) for p in seen} <= {2, 3} and all("Modulo 31." in p.question for p in seen)
+    assert all("-train-" in p.prompt_id for p in seen) and all("-test-" in p.prompt_id for p in held_out)
+    words = model.tokenizer.tokenize("Times 12 plus 2. Modulo 31.")
+    assert len(words) == len(["Times", " ", "12", " plus", " ", "2", ".", " Modulo", " ", "31", "."])
+    settings = json.loads((tmp_path / "run" / "checkpoint" / "codi.json").read_text())
+    assert settings["training"]["data"] == "polynomial:m=31,b=2"
+
+
+def test_held_out_problems_are_as_long_as_those_of_training(finished: Path) -> None:
+    model = load_codi(finished / "checkpoint")
+
+    def lengths(*last: float) -> set[int]:
+        config = resolve(replace(TOY, eval_problems=40, last_weights=last))
+        return {len(problem.steps) for problem in training_data.load_data(config, model)[1]}
+
+    assert lengths(0.5, 0.8, 1.2, 1.3, 1.3) == {3, 4, 5} and lengths(0, 1, 0, 0, 0) == {2}
+    assert lengths(1, 1, 0, 1, 0) == {4}
+    old = arithmetic.generate(4, seed=1, split="test", min_steps=3)
+    assert training_data.load_data(resolve(TOY), model)[1] == old
+
+
 def test_a_teacher_is_taken_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     main(replace(TOY, out=tmp_path / "run", teacher=str(finished / "checkpoint"), teacher_steps=None))
     before, after = state(finished), state(tmp_path / "run")
@@ -160,6 +192,10 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"steps": None, "epochs": 2.0}, "needs a finite data set"),
         ({"steps": 3, "epochs": 2.0}, "--steps or --epochs, not both: got 3 and 2"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"data": "polynomial:m=500"}, "the modulus m must be in 2..199, got 500"),
+        ({"data": "polynomial", "steps": None, "epochs": 2.0}, "needs a finite data set"),
+        ({"last_weights": (0.0,) * 5}, "last-weights must be 5 numbers of 0 or more, not all 0"),
+        ({"first_weights": (1.0, 2.0)}, "first-weights must be 5 numbers of 0 or more"),
         ({"init": "no/such-base"}, "base model no/such-base is neither a folder"),
         ({"lora_dropout": 0.1}, "lora-dropout 0.1 cannot act on merged weights: give --no-merged"),
         ({"lora_dropout": 1.0}, "lora-dropout must be a fraction below 1, got 1"),

@@ -32,7 +32,7 @@ class AlternationOptions(IntervalOptions, AnswerOptions, RunOptions, PromptOptio
     out: Path = Path("runs/alternation")
     task: str = BOTH
     """Evaluation prompts: both (templates, and arithmetic problems of five steps if no other number is asked for), or
-    one task: templates, arithmetic, a file with known steps, a folder or a hub id."""
+    one task: templates, arithmetic, polynomial, a file with known steps, a folder or a hub id."""
     limit: int | None = 1120
     derivation: int = 560
     batch_size: int = 128

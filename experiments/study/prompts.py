@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from experiments.tasks import COMMON, STEPS_HELP, TASK_NAMES, Reading, load_task, with_suffix
+from experiments.tasks import COMMON, STEPS_HELP, Reading, generator_of, load_task, with_suffix
 from experiments.tasks.split import Split, load_split
 
 __all__ = ["LEGACY_TRIPLES", "Asked", "JoinedSplit", "joined_split", "one_split", "published_split", "two_splits"]
@@ -153,7 +153,7 @@ def _known(split: Split, steps: int, task: str, derivation_task: str | None = No
         short = [problem for problem in side if len(problem.intermediates) < steps]
         if short:
             advice = f"{STEPS_HELP}; or use the task 'templates'"
-            if any(problem.steps for problem in short) or source in TASK_NAMES:
+            if any(problem.steps for problem in short) or generator_of(source):
                 advice = f"give --min-steps {steps}, or use the task 'templates'"
             raise ValueError(
                 f"{source}: this study needs prompts with at least {steps} known intermediate "

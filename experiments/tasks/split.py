@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from experiments.tasks import COMMON, TASK_NAMES, Problem, Reading, load_task, split_by_cluster
+from experiments.tasks import COMMON, Problem, Reading, generator_of, is_endless, load_task, split_by_cluster
 
 __all__ = ["Split", "check_disjoint", "digest", "load_split"]
 
@@ -142,7 +142,7 @@ def load_split(
     if derivation_task is not None and other:
         evaluation = load("test", limit)
         candidates = _from_another(derivation_task, evaluation, derivation, seed, suffix, decimal_comma)
-    elif task in TASK_NAMES:
+    elif generator_of(task):
         evaluation = load("test", limit)
         taken = {trait for problem in evaluation for trait in _traits(problem)}
         candidates = [problem for problem in load("derivation", derivation) if not taken & _traits(problem)]
@@ -171,11 +171,11 @@ def _from_another(
     task: str, evaluation: Sequence[Problem], number: int, seed: int, suffix: str, decimal_comma: bool
 ) -> list[Problem]:
     """At most `number` prompts of a task that share nothing with the evaluated ones (a seeded choice)."""
-    split = "derivation" if task in TASK_NAMES else "train"
+    split = "derivation" if generator_of(task) else "train"
     taken = {trait for problem in evaluation for trait in _traits(problem)}
     ids = {problem.prompt_id for problem in evaluation}
-    # Of the endless task more than asked for, because some of its prompts may share numbers with evaluated ones.
-    limit = 2 * number if task == "arithmetic" else None
+    # Of an endless task more than asked for, because some of its prompts may share numbers with evaluated ones.
+    limit = 2 * number if is_endless(task) else None
     found = [
         replace(problem, prompt_id=f"derivation-{problem.prompt_id}") if problem.prompt_id in ids else problem
         for problem in load_task(task, split, limit, seed, suffix, decimal_comma=decimal_comma)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from codi.model import CodiModel
-from experiments.tasks import STEPS_HELP, Reading, arithmetic, load_task
+from experiments.tasks import STEPS_HELP, Reading, endless, is_endless, load_task
 from experiments.tasks.problem import Problem
-from experiments.train.options import ENDLESS, Resolved
+from experiments.train.options import Resolved
 from lm.errors import UserError
 
 __all__ = ["Text", "load_data", "micro_batches", "problems_of_step", "text_of"]
@@ -37,11 +37,12 @@ def text_of(problem: Problem, style: str, last_step: bool = True) -> Text:
 
 
 def load_data(config: Resolved, model: CodiModel) -> tuple[list[Problem] | None, list[Problem], int]:
-    """Training problems (None: the endless generator), held-out problems and the number of distillation steps."""
-    if config.data == ENDLESS:
-        lengths = [steps for steps, weight in enumerate(config.last_weights, start=1) if weight] or [1]
-        low, high = max(min(3, lengths[-1]), lengths[0]), lengths[-1]
-        return None, arithmetic.generate(config.eval_problems, 1, "test", low, high), config.steps
+    """Training problems (None: an endless generator), held-out problems and the number of distillation steps."""
+    if is_endless(config.data):
+        lengths = [n for n, weight in enumerate(config.last_weights, 1) if weight > 0]
+        long = [n for n in lengths if n >= 3] or lengths[-1:]
+        held_out = load_task(config.data, "test", config.eval_problems, 1, min_steps=min(long), max_steps=max(long))
+        return None, held_out, config.steps
     reading = Reading(config.answers, config.decimal_comma)
     suffix = model.protocol.question_suffix
     loaded = load_task(config.data, "train", None, config.seed, suffix, decimal_comma=config.decimal_comma)
@@ -65,7 +66,7 @@ def problems_of_step(
     if data is None:
         share = min(1.0, step / max(1, n_steps // 2))
         weights = [a + share * (b - a) for a, b in zip(config.first_weights, config.last_weights, strict=True)]
-        stream = arithmetic.stream(seed=f"{config.seed}-{stage}-{step}", split="train", weights=weights)
+        stream = endless(config.data, f"{config.seed}-{stage}-{step}", "train", weights)
         return [next(stream) for _ in range(config.batch_size)]
     per_epoch = max(1, len(data) // config.batch_size)
     epoch, index = divmod(step, per_epoch)

@@ -20,7 +20,7 @@ from codi.parts import Projection
 from codi.places import locate
 from codi.protocol import answer_only, original
 from codi.tokenizer import CODI_SPECIAL_TOKENS, build_tokenizer
-from experiments.tasks import arithmetic, templates
+from experiments.tasks import arithmetic, generator_of, polynomial, templates
 from experiments.train.options import Resolved
 from lm.tokenizer import read_tokenizer
 
@@ -39,8 +39,10 @@ def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
         vocabulary = max(int(base.get_input_embeddings().weight.shape[0]), len(tokenizer))
         base.resize_token_embeddings(vocabulary + len(CODI_SPECIAL_TOKENS), mean_resizing=False)
     else:
-        chains = [">><<a", "a>>", "<<a"] * 500
-        sentences = arithmetic.corpus_sentences() + templates.corpus_sentences()
+        sentences, pieces = arithmetic.corpus_sentences() + templates.corpus_sentences(), (">><<a", "a>>", "<<a")
+        if generator_of(config.data) == polynomial.NAME:
+            sentences, pieces = polynomial.corpus_sentences(), polynomial.CHAIN_PIECES
+        chains = [*pieces] * 500
         tokenizer = build_tokenizer([s for line in sentences for s in (line, line[1:])] + chains)
         vocabulary = len(tokenizer)
         base = LlamaForCausalLM(

@@ -14,11 +14,10 @@ from typing import Any, ClassVar, Literal
 from codi.step_latents import parse_step_latents
 from experiments.study.manifest import check_out, command_of, differences, read_manifest, refuse_other
 from experiments.study.options import JudgingOptions, RunOptions, identity_of
+from experiments.tasks import is_endless
 from lm.errors import UserError
 
-__all__ = ["ENDLESS", "PRESETS", "Resolved", "TrainOptions", "check_folder", "micro_batch_of", "resolve"]
-
-ENDLESS = "arithmetic"
+__all__ = ["PRESETS", "Resolved", "TrainOptions", "check_folder", "micro_batch_of", "resolve"]
 
 PUBLISHED: dict[str, Any] = {
     "lora_r": 128,
@@ -70,7 +69,8 @@ class TrainOptions(JudgingOptions, RunOptions):
     """A CODI checkpoint (folder or hub id) whose base model, tokens and protocol are taken as they are, in place of a
     teacher stage: models that differ in their distillation only share one teacher. Empty: none."""
     data: str = "arithmetic"
-    """Training problems with written chains: "arithmetic" (endless), or a file or hub id that `codi eval` reads."""
+    """Training problems with written chains: arithmetic or polynomial (endless; with other constants
+    polynomial:m=97,b=3), or a file or hub id that `codi eval` reads."""
     decimal_comma: bool = False
     """Commas are decimal in the answers and steps of the data: 3,5 is 3.5, and 1.234 is 1234."""
     protocol: Literal["answer-only", "original", "original-eos"] = "answer-only"
@@ -153,9 +153,10 @@ class TrainOptions(JudgingOptions, RunOptions):
     """Share of the problems that are also (teacher stage: instead) answered directly (published 1 for
     answer-only, 0 for original)."""
     first_weights: tuple[float, ...] = (1.2, 1.2, 1.0, 1.0, 1.0)
-    """Arithmetic: relative frequency of 1..5-step problems at the first step of a stage…"""
+    """Endless data: relative frequency of problems of 1..5 steps (hops) at the first step of a stage…"""
     last_weights: tuple[float, ...] = (0.5, 0.8, 1.2, 1.3, 1.3)
-    """… and from half of the stage on; linear in between."""
+    """… and from half of the stage on; linear in between. Held-out problems have 3 steps or more, or as many as
+    training has where that is less: 0 1 0 0 0 trains on problems of two hops alone."""
     last_step: bool | None = None
     """Whether the written chain holds its last equation (published: no, because a teacher that has written the result
     only copies it)."""
@@ -237,8 +238,11 @@ def resolve(options: TrainOptions) -> Resolved:
         preset = "tiny" if not options.init else "gpt2" if kind == "gpt2" else "llama-1b"
     if options.steps and options.epochs:
         raise UserError(f"give --steps or --epochs, not both: got {options.steps} and {options.epochs:g}")
-    if options.epochs and options.data == ENDLESS:
-        raise UserError(f"--epochs needs a finite data set, and {ENDLESS!r} is endless: give --steps")
+    for name, weights in (("first-weights", options.first_weights), ("last-weights", options.last_weights)):
+        if len(weights) != 5 or min(weights) < 0 or not any(weights):
+            raise UserError(f"{name} must be 5 numbers of 0 or more, not all 0: got {' '.join(map(str, weights))}")
+    if options.epochs and is_endless(options.data):
+        raise UserError(f"--epochs needs a finite data set, and {options.data!r} is endless: give --steps")
     values = dict(PRESETS[preset])
     if options.teacher and (options.init or options.teacher_steps):
         raise UserError(
@@ -249,7 +253,7 @@ def resolve(options: TrainOptions) -> Resolved:
         values["teacher_steps"] = 0
     if preset != "tiny":
         values["direct_fraction"] = 1.0 if options.protocol == "answer-only" else 0.0
-    if options.steps or options.data == ENDLESS:
+    if options.steps or is_endless(options.data):
         values["epochs"] = 0.0
     values |= {k: v for k, v in vars(options).items() if v is not None}
     resolved = Resolved(**{**values, "preset": preset})
