@@ -16,9 +16,20 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from codi.protocol import UserError
+from codi.trained import has_trained
+from lm.places import SMOLLM2, refuse_missing
 from lm.weights import read_object
 
-__all__ = ["BASE_FOLDER", "KNOWN", "PUBLISHED_ALPHA", "PUBLISHED_R", "KnownCheckpoint", "Place", "locate"]
+__all__ = [
+    "BASE_FOLDER",
+    "KNOWN",
+    "PUBLISHED_ALPHA",
+    "PUBLISHED_R",
+    "KnownCheckpoint",
+    "Place",
+    "base_folder",
+    "locate",
+]
 
 PUBLISHED_R, PUBLISHED_ALPHA = 128, 32
 CHECKPOINT, BASE = "checkpoint", "base model"
@@ -140,6 +151,11 @@ class Place:
     base_folder: Path
 
 
+def base_folder(name: str) -> Path:
+    """Folder of a base model with its weights; that of a hub id is fetched if need be."""
+    return _find(name, BASE, CHECKPOINT_FILES)
+
+
 def locate(path: str | Path, base: str | Path | None) -> Place:
     where = str(path)
     known = known_checkpoint(where)
@@ -156,5 +172,9 @@ def locate(path: str | Path, base: str | Path | None) -> Place:
             base_name = folder / str(base_name)
         elif str(base_name) == BASE_FOLDER:
             raise UserError(f"{folder / BASE_FOLDER} is missing: {folder / 'codi.json'} names it as the base model")
-    base_folder = _find(base_name, BASE, BASE_FILES, known.mirrors if known else ())
-    return Place(where, folder, settings, known, str(base_name), base_folder)
+        elif Path(str(base_name)).name == SMOLLM2:
+            refuse_missing(str(folder / str(base_name)), folder / str(base_name))
+    # The weights of the base are wanted only where the checkpoint does not hold them.
+    files = CHECKPOINT_FILES if has_trained(folder) else BASE_FILES
+    found = _find(base_name, BASE, files, known.mirrors if known else ())
+    return Place(where, folder, settings, known, str(base_name), found)

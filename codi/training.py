@@ -166,9 +166,10 @@ class DistillationLoss(nn.Module):
             latent is to predict what the teacher predicts where it writes the result of a step (of the last step, if
             there are fewer), or nothing. Can be set between steps, to guide the start of training only.
         step_latents: which latent learns which step, see `codi.step_latents`.
-        decoder: reads latents and writes their steps (the same assignment; a step that a problem does not have is left
-            out, as published); None: none. It is trained along.
+        decoder: reads latents and writes their steps (one that a problem does not have is left out, as published);
+            None: none. It is trained along.
         decoder_weight: of its loss (published: 1).
+        decoder_latents: which latent it is to read which step from, as step_latents.
 
     Source: Shen et al. 2025, arXiv 2502.21074, section 3; the decoder: Wei et al. 2025, arXiv 2509.20317.
     """
@@ -188,6 +189,7 @@ class DistillationLoss(nn.Module):
         step_latents: str = "same",
         decoder: StepDecoder | None = None,
         decoder_weight: float = 1.0,
+        decoder_latents: str = "same",
     ) -> None:
         super().__init__()
         if n_latents < 1:
@@ -206,6 +208,7 @@ class DistillationLoss(nn.Module):
         self.step_weight = step_weight
         self.guided = parse_step_latents(step_latents, n_latents)
         self.decoder, self.decoder_weight = decoder, decoder_weight
+        self.read = parse_step_latents(decoder_latents, n_latents)
         self.lora = MergedLora(model.base, compute_dtype) if merged else None
 
     def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -298,7 +301,7 @@ class DistillationLoss(nn.Module):
         """The decoder's loss (nats per token) on the latents that states (row, latent 0..n, d_model) become."""
         assert self.decoder is not None and batch.step_ids is not None and batch.step_mask is not None
         width = batch.step_ids.shape[1]
-        pairs = [(latent, step) for latent, step in self.guided if step != SILENT and step <= width]
+        pairs = [(latent, step) for latent, step in self.read if step != SILENT and step <= width]
         if not pairs:
             return states.sum() * 0.0
         latents, steps = (torch.tensor(each, device=states.device) for each in zip(*pairs, strict=True))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -200,6 +201,11 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"lora_dropout": 0.1}, "lora-dropout 0.1 cannot act on merged weights: give --no-merged"),
         ({"lora_dropout": 1.0}, "lora-dropout must be a fraction below 1, got 1"),
         ({"step_latents": "4:1"}, "latents of step-latents must be in 1..3"),
+        ({"lora_modules": ("q_proj", "c_attn")}, "LoRA modules must be among q_proj, .*, got 'c_attn'"),
+        ({"teacher_lora": True}, "adapter of a given base: give --init"),
+        ({"checkpoint": "trained"}, "needs a base that stays as it is: give --init"),
+        ({"frozen_teacher": True, "problems": 9}, "needs --teacher-weight 0, got 10"),
+        ({"frozen_teacher": True, "teacher_weight": 0.0}, "'arithmetic' is endless: give --problems"),
         ({"teacher": "checkpoints/tiny"}, "neither --init nor --teacher-steps can be given; got 3"),
         ({"teacher": "no/such-model", "teacher_steps": None}, "no/such-model"),
     ],
@@ -324,6 +330,64 @@ def test_published_path(
     key = "model.layers.1.mlp.up_proj" if kind == "llama" else "transformer.h.1.mlp.c_fc"
     want = base[f"{key}.weight"].to(torch.bfloat16 if precision == "bf16" else torch.float32)
     assert torch.equal(weights[f"codi.base_model.model.{key}.base_layer.weight"], want)
+
+
+def test_a_pretrained_base_with_a_lora_teacher(bases: dict[str, str], tmp_path: Path) -> None:
+    """A pool of word problems, targets found once; what is shipped is what was trained, and a stopped run goes on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = TrainOptions(
+        out=tmp_path / "run", preset="smollm2", init=bases["llama"], data="word-problems", device="cpu", problems=24,
+        teacher_steps=2, steps=4, batch_size=4, micro_batch=2, lora_r=2, prj_dim=8, n_latents=2, eval_every=0,
+        eval_problems=4, length_window=3, lora_modules=("q_proj", "down_proj"), step_weight=1.0,
+    )  # fmt: skip
+    main(config)
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    terms = {r["term"] for r in rows if r["stage"] == "distillation"}
+    assert terms == {"student", "distillation", "step", "total"}  # no teacher is trained along
+    folder = tmp_path / "run" / "checkpoint"
+    assert {path.name for path in folder.iterdir()} == {"codi.json", "trained.safetensors"}
+    settings = json.loads((folder / "codi.json").read_text())
+    assert settings["base"] == os.path.relpath(bases["llama"], folder) and len(settings["base_hash"]) == 64
+    model = load_codi(folder)
+    assert model.protocol.question_suffix == "" and model.n_latents == 2 and not model.notes
+    weights = load_file(folder / "trained.safetensors")
+    assert {name.split(".")[-4] for name in weights if "lora_B" in name} == {"q_proj", "down_proj"}
+    assert all(value.any() for name, value in weights.items() if "lora_B" in name)
+    before = load_file(tmp_path / "run" / "targets.safetensors")
+    assert before["target"].shape[0] == 24
+    (tmp_path / "run" / "distillation.pt").unlink()
+    (tmp_path / "run" / "targets.safetensors").unlink()
+    main(config)  # the same teacher again, from its state file
+    after = load_file(tmp_path / "run" / "targets.safetensors")
+    torch.testing.assert_close(after["target"], before["target"])
+    for name, value in load_file(folder / "trained.safetensors").items():
+        torch.testing.assert_close(value, weights[name], msg=name)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_pool_of_problems_comes_again_in_batches_of_like_length(finished: Path) -> None:
+    model = load_codi(finished / "checkpoint")
+    config = resolve(replace(TOY, problems=40, length_window=5))
+    pool, _, _ = training_data.load_data(config, model)
+    assert pool is not None and len(pool) == 40
+
+    def epoch(config: Resolved, number: int) -> list[list[str]]:
+        steps = range(10 * number, 10 * (number + 1))
+        return [[p.prompt_id for p in training_data.problems_of_step(config, pool, "x", s, 99)] for s in steps]
+
+    names = sorted(p.prompt_id for p in pool)
+    first, second = epoch(config, 0), epoch(config, 1)
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == names and first != second
+    length = {p.prompt_id: len(p.question) + len(p.chain) for p in pool}
+
+    def spread(batches: list[list[str]]) -> int:
+        return sum(max(length[n] for n in batch) - min(length[n] for n in batch) for batch in batches)
+
+    assert spread(first) < 0.5 * spread(epoch(replace(config, length_window=1), 0))
+    config = resolve(replace(TOY, problems=40, epochs=2.0, steps=None))
+    assert training_data.load_data(config, model)[2] == 20
+    with pytest.raises(ValueError, match="at least one batch of 4, got 3"):
+        training_data.load_data(resolve(replace(TOY, problems=3)), model)
 
 
 def test_answers_are_written_in_full() -> None:

@@ -159,8 +159,8 @@ class QuestionOptions(Options):
     LATER: ClassVar[frozenset[str]] = frozenset({"reach", "decimal_comma"})
 
     task: str = "templates"
-    """Task of the prompts: templates, arithmetic, polynomial (polynomial:m=97,b=3 for other constants than m=50,b=7), a
-    file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
+    """Task of the prompts: templates, arithmetic, word-problems, polynomial (with other constants than m=50,b=7 such as
+    polynomial:m=97,b=3), a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
     min_steps: int | None = None
     """Only problems of at least this many steps (polynomial: hops, 2 or more left alone); None: no bound. Not used for
     templates."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from codi.batches import collate
 from codi.model import CodiModel
+from codi.targets import Targets
 from codi.training import DistillationLoss, cosine_schedule
 from experiments.study.steps import StepLog, load_state, save_state
 from experiments.tasks.problem import Problem
@@ -52,6 +53,7 @@ def run_stage(
     data: Sequence[Problem] | None,
     held_out: Sequence[Problem],
     accelerator: Accelerator,
+    targets: Targets | None = None,
 ) -> None:
     """Optimise the trainable weights of `loss`, from the last state file on."""
     weights = {name: p for name, p in loss.named_parameters() if p.requires_grad}
@@ -72,13 +74,14 @@ def run_stage(
     loss.train()  # dropouts act
     for step in progress:
         started = time.perf_counter()
-        torch.manual_seed(_seed_of(config, stage.name, step, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * cosine_schedule(step, stage.n_steps)
         if isinstance(loss, DistillationLoss):
             loss.step_weight = config.step_weight * guidance(step, stage.n_steps, config.step_until)
         problems = problems_of_step(config, data, stage.name, step, stage.n_steps)
-        sums = _gradients(wrapped, model, config, problems, accelerator)
+        with torch.random.fork_rng():  # what is drawn here changes nothing that is drawn later
+            torch.manual_seed(_seed_of(config, stage.name, step, accelerator.process_index))
+            sums = _gradients(wrapped, model, config, problems, accelerator, targets)
         norm = accelerator.clip_grad_norm_(list(weights.values()), config.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -104,7 +107,12 @@ def _seed_of(config: Resolved, stage: str, step: int, rank: int) -> int:
 
 
 def _gradients(
-    wrapped: nn.Module, model: CodiModel, config: Resolved, problems: Sequence[Problem], accelerator: Accelerator
+    wrapped: nn.Module,
+    model: CodiModel,
+    config: Resolved,
+    problems: Sequence[Problem],
+    accelerator: Accelerator,
+    targets: Targets | None = None,
 ) -> dict[str, float]:
     """Gradients of one step, added up over this process's micro-batches; the terms of the loss, as means over them."""
     micro_batch = micro_batch_of(config, accelerator.num_processes)
@@ -114,6 +122,8 @@ def _gradients(
     for i, part in enumerate(parts):
         texts = [text_of(p, model.protocol.answer_style, config.last_step) for p in part]
         batch = collate(texts, model, steps=bool(config.decoder_weight)).to(accelerator.device)
+        if targets is not None:
+            batch = targets.put(batch, [p.prompt_id for p in part])
         with accelerator.accumulate() if i == len(parts) - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
                 losses = wrapped(batch)
