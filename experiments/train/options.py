@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kd_weight": 20.0,
         "steps": 3000,
         "batch_size": 32,
-        "micro_batch": 16,
+        "micro_batch": 32,
         "problems": 16000,
         "length_window": 8,
         "checkpoint": "trained",
