@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from codi import CodiModel, load_codi
+from codi import CodiModel
 from experiments.alternation.options import AlternationOptions
 from experiments.latents.options import (
     AnchorsOptions,
@@ -36,9 +36,9 @@ STUDIES = {
 """Studies that draw donors or means from other prompts, small."""
 
 
-@pytest.fixture(scope="module")
-def eager(tiny_checkpoint) -> CodiModel:  # type: ignore[no-untyped-def]
-    return load_codi(tiny_checkpoint("llama", "answer-only"), attention="eager")
+@pytest.fixture
+def eager(tiny_model) -> CodiModel:  # type: ignore[no-untyped-def]
+    return tiny_model("llama", "answer-only", attention="eager")
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -103,7 +103,7 @@ def test_problems_of_another_form(tmp_path: Path) -> None:
         for scope in ("same template", "other templates"):
             for latent in range(1, 7):
                 row = row_of(found["values_propagated"], patched("target", step, scope, "vector", latent))
-                assert row["difference"] == pytest.approx(latent == carrier, abs=0.1), (row, latent)
+                assert row["difference"] == pytest.approx(float(latent == carrier), abs=0.1), (row, latent)
         share = {k: row_of(found[f"interchange_step{step}_propagated_hit"], moved("other", ("slot", -1), [k]))["mean"]
                  for k in (2, 4)}  # fmt: skip
         assert share[carrier] > 0.5 > share[6 - carrier]
