@@ -65,7 +65,8 @@ def test_probes_of_polynomials(eager: CodiModel, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [AlternationOptions, DetectOptions])
 def test_alternation_and_lens_ask_for_them(options: type, eager: CodiModel) -> None:
-    asked = options(task="polynomial:m=31,b=2", limit=6, **({} if options is DetectOptions else {"derivation": 6}))
+    own = {"read": ("plain",)} if options is DetectOptions else {"derivation": 6}
+    asked = options(task="polynomial:m=31,b=2", limit=6, **own)
     asked.check_inputs()
     split = asked.load_split(0, known_steps=1) if options is AlternationOptions else asked.load_problems(0)
     assert all("Modulo 31." in problem.question for problem in split.evaluation) and len(split.evaluation) == 6
