@@ -15,11 +15,11 @@ from codi import CodiModel
 from experiments.polynomial.claims import best_place, claims_of
 from experiments.polynomial.measures import READERS, hidden_columns
 from experiments.polynomial.options import PolynomialOptions
-from experiments.polynomial.plan import Plan
+from experiments.polynomial.plan import Other, Plan
 from experiments.polynomial.run import STUDY, conclude, tables_of
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import row_of
-from experiments.study.claims import ClaimsTable
+from experiments.study.claims import Claim, ClaimsTable
 from experiments.study.prompts import Asked
 from experiments.tasks import load_task
 
@@ -117,6 +117,19 @@ def test_what_cannot_be_asked_is_not_testable() -> None:
     assert found["P3 (place)"].verdict == "held" and "one has m = 50 (composite)" in found["P5"].note
 
 
+def test_prime_moduli_against_a_run_of_the_other_kind() -> None:
+    trials = planted(PUBLISHED, accuracy=0.9)
+
+    def claim(right: int, prime: bool = True) -> Claim:
+        other = Other(97, prime, ((2, right, 150), (3, right, 150)))
+        return claims_of(replace(PLAN, other=other), trials)["P5"]
+
+    assert claim(60).verdict == "held" and claim(60).estimate == pytest.approx(-0.5, abs=0.05)
+    assert claim(150).verdict == "not held" and claim(135).verdict == "undecided"
+    assert "2, 3 hops" in claim(60).note and claim(60).n == 600
+    assert claim(60, prime=False).verdict == "not testable" and "both moduli are composite" in claim(60, False).note
+
+
 def test_the_place_is_chosen_on_other_prompts() -> None:
     trials = planted(PUBLISHED)
     reads = trials["reads"]
@@ -164,6 +177,10 @@ def test_it_runs_on_a_model(codi_model: CodiModel, tmp_path: Path) -> None:
     assert set(grid["place"]) == set(range(codi_model.n_latents + 2)) and set(grid["hops"]) == {3, 4}
     lines = (result.path / "prompts.jsonl").read_text().splitlines()
     assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 80
+    other = replace(options, task="polynomial:m=6,b=1", against=tmp_path / "run", out=tmp_path / "other")
+    other.check_inputs()
+    claims = STUDY.run(other, codi_model, STUDY.prompts(other, codi_model)).claims
+    assert claims is not None and claims["P5"].n == 80 and "m = 6 here, 5 there; 3, 4 hops" in claims["P5"].note
 
 
 def test_refusals() -> None:

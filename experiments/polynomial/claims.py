@@ -4,9 +4,9 @@
     P2  the last input takes a near-direct route: the answer reads it past the latents
     P3  the answer comes about late, at the end-of-thought token
     P4  longer hops keep only late intermediates
-    P5  prime moduli are worse: about two models, so not testable on one
+    P5  prime moduli are worse: about two models, so not testable on one; with --against, the difference of accuracies
 
-All are judged together, over the evaluation prompts. The place where a state is read best (latent, layer, lens or
+P1 to P4 are judged together, over the evaluation prompts. The place where a state is read best (latent, layer, lens or
 probe) is chosen on the derivation prompts. Knows nothing about models or how the trials came about.
 
 Source: Liang and Pan 2026, arXiv 2602.00449. The bounds are this project's.
@@ -14,15 +14,18 @@ Source: Liang and Pan 2026, arXiv 2602.00449. The bounds are this project's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 
 from experiments.polynomial.measures import READERS
-from experiments.polynomial.plan import Plan
+from experiments.polynomial.plan import Other, Plan
 from experiments.statistics.effects import Selector
-from experiments.study.claims import ClaimsTable
+from experiments.statistics.equivalence import Judgement, judge_presence
+from experiments.statistics.exact import share_difference
+from experiments.study.claims import Claim, ClaimsTable, effect_claim
 from experiments.study.run import Trials
 from experiments.study.verdicts import Question, judged_together
 
@@ -84,10 +87,9 @@ def claims_of(plan: Plan, trials: Trials) -> ClaimsTable:
     questions += [_direct(answered, hops, blocked(hops), values) for hops in SHORT]
     questions += _fused(plan, reads, [hops for hops in plan.hops if not blocked(hops)], values)
     questions += [_late(plan, reads, hops, blocked(hops), values) for hops in LONG]
-    kind = "prime" if plan.prime else "composite"
-    alone = f"it compares two models, this one has m = {plan.m} ({kind}): compare the accuracies of two runs"
-    questions.append(Question("P5", "prime moduli are worse", "", np.empty(0), below=0.0, blocked=alone))
-    return ClaimsTable(judged_together(questions, plain["cluster"].to_numpy(), plan.settings))
+    counts = {hops: (int(mine["correct"].sum()), len(mine)) for hops, mine in plain.groupby("hops")}
+    together = judged_together(questions, plain["cluster"].to_numpy(), plan.settings)
+    return ClaimsTable([*together, _prime(plan, counts)])
 
 
 _Values = Callable[[Callable[[], pd.Series], str], np.ndarray]
@@ -173,6 +175,39 @@ def _late(plan: Plan, reads: pd.DataFrame, hops: int, why: str, values: _Values)
         bounds=(-1, 1),
         blocked=why,
     )
+
+
+def _prime(plan: Plan, counts: Mapping[int, tuple[int, int]]) -> Claim:
+    """P5, from counts of right answers by hops of this run and of another one."""
+    other, shared = plan.other, [hops for hops in counts if plan.other and hops in dict(_by_hops(plan.other))]
+    kind = "prime" if plan.prime else "composite"
+    why = ""
+    if other is None:
+        why = f"it compares two models, this one has m = {plan.m} ({kind}): give --against a run of the other kind"
+    elif other.prime == plan.prime:
+        why = f"both moduli are {kind}: {plan.m} and {other.m}"
+    elif not shared:
+        why = "the two runs have no number of hops in common"
+    statement, measured = (
+        "prime moduli are worse",
+        "accuracy with the prime minus with the composite modulus is below 0",
+    )
+    if why or other is None:
+        row = {"difference": math.nan, "n": 0, "n_clusters": 0}
+        return effect_claim("P5", statement, measured, Judgement("not testable", why, math.nan, math.nan, 0.0, 1), row)
+    theirs = dict(_by_hops(other))
+    mine, others = (
+        (sum(found[hops][0] for hops in shared), sum(found[hops][1] for hops in shared)) for found in (counts, theirs)
+    )
+    prime, composite = (mine, others) if plan.prime else (others, mine)
+    judgement = judge_presence(*share_difference(prime, composite, plan.settings.level), below=0.0)
+    row = {"difference": prime[0] / prime[1] - composite[0] / composite[1], "n": mine[1] + others[1]}
+    note = f"m = {plan.m} here, {other.m} there; {', '.join(map(str, shared))} hops; every sequence is its own cluster"
+    return effect_claim("P5", statement, measured, judgement, {**row, "n_clusters": row["n"]}, note)
+
+
+def _by_hops(other: Other) -> Iterator[tuple[int, tuple[int, int]]]:
+    return ((hops, (right, n)) for hops, right, n in other.answered)
 
 
 def place_name(plan: Plan, where: Selector) -> str:

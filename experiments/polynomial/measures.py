@@ -5,7 +5,8 @@ Reads. A state is read from the residual stream at a place: h_0..h_n (0: begin o
 by probe: a linear map fitted to other prompts (experiments/statistics/probes.py), at the last layer.
 
 Hidden inputs. The tokens of one number of the question (the start, or input x_t) are hidden from all latents, or from
-the end-of-thought token and the answer. Tokens of the question between, which may have read it, stay.
+the end-of-thought token and the answer. Tokens after it in the prompt, begin of thought among them, still see it, and
+may hand it on.
 
 Trials: `reads` and `answers`, see READS and ANSWERS. Knows nothing about claims or words.
 """
@@ -75,10 +76,9 @@ def reads(
     frames = []
     for side, problems in sides.items():
         named, last = [], []
-        for rows, states in _states(bench, model, problems, batch_size, f"{hops} hops, {side}"):
+        for states in _states(bench, model, problems, batch_size, f"{hops} hops, {side}"):
             named.append(_named(model, states, values))
             last.append(states[:, :, -1].float().cpu().numpy())
-            del rows
         frames += _lens_rows(problems, np.concatenate(named), side, hops)
         frames += _probe_rows(problems, np.concatenate(last), side, hops, folds, seed)
     return pd.concat(frames, ignore_index=True)
@@ -86,21 +86,16 @@ def reads(
 
 def _states(
     bench: Workbench, model: CodiModel, problems: Sequence[Problem], batch_size: int, label: str
-) -> Iterator[tuple[range, Tensor]]:
-    """Batches: rows, and their states (row, place 0..n + 1, layer 0..n_layers, d_model)."""
+) -> Iterator[Tensor]:
+    """States of batches, in order: (row, place 0..n + 1, layer 0..n_layers, d_model)."""
     with bench.bar(len(problems), "prompt", label) as advance:
-        done = 0
         for start in range(0, len(problems), batch_size):
             chunk = problems[start : start + batch_size]
             for run, _ in rollouts(model, chunk, model.n_latents, ("hidden_states", "cache")):
                 assert run.hidden_states is not None and run.bot_hidden_states is not None
                 _, _, end, _ = forced(model, run, [[] for _ in range(len(run))], hidden_states=True)
                 assert end is not None
-                yield (
-                    range(done, done + len(run)),
-                    torch.cat((run.bot_hidden_states[:, None], run.hidden_states, end[:, None]), dim=1),
-                )
-                done += len(run)
+                yield torch.cat((run.bot_hidden_states[:, None], run.hidden_states, end[:, None]), dim=1)
                 advance(len(run))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from experiments.study.manifest import command_of, read_manifest
 from experiments.study.options import AnswerOptions, IntervalOptions, ModelOptions, RunOptions, TaskOptions
 from experiments.tasks import generator_of, polynomial
 
@@ -25,6 +26,7 @@ class PolynomialOptions(IntervalOptions, AnswerOptions, RunOptions, TaskOptions,
 
     COMMAND: ClassVar[str] = "polynomial"
     AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 20, "derivation": 20, "folds": 3, "hidden": 2}
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"against"})
 
     out: Path = Path("runs/polynomial")
     task: str = polynomial.NAME
@@ -42,6 +44,9 @@ class PolynomialOptions(IntervalOptions, AnswerOptions, RunOptions, TaskOptions,
     batch_size: int = 128
     folds: int = 5
     """Parts of the cross-validation of probes."""
+    against: Path | None = None
+    """Run folder of this study on another model, of a prime modulus where this one's is composite or the other way
+    round: decides the claim that prime moduli are worse. None: not testable."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +67,10 @@ class PolynomialOptions(IntervalOptions, AnswerOptions, RunOptions, TaskOptions,
                 f"this study asks the task {polynomial.NAME!r}, or such as '{polynomial.NAME}:m=97,b=3', got "
                 f"{self.task!r}; codi probes, patch and anchors take any problems with known steps"
             )
+        if self.against is not None:
+            other = command_of(read_manifest(self.against)["identity"])
+            if other != self.COMMAND:
+                raise ValueError(f"{self.against} is a run of `codi {other}`, not of `codi {self.COMMAND}`")
 
     def load_split(self, seed: int, question_suffix: str = "") -> Split:
         """Evaluation and derivation prompts, one number of hops after the other.

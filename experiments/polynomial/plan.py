@@ -6,10 +6,14 @@ Knows nothing about how it is done.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from experiments.polynomial.options import PolynomialOptions
 from experiments.statistics.clusters import Settings
+from experiments.study.manifest import read_manifest
 from experiments.study.prompts import Asked, JoinedSplit
 from experiments.tasks import polynomial
 from experiments.tasks.split import Split
@@ -17,7 +21,32 @@ from experiments.tasks.split import Split
 if TYPE_CHECKING:
     from codi import CodiModel
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Other", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Other:
+    """What another run of this study found: its modulus, and (hops, answered right, asked)."""
+
+    m: int
+    prime: bool
+    answered: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> Other:
+        """From a run folder.
+
+        Raises:
+            ValueError: it is not finished.
+        """
+        kind = polynomial.parse(read_manifest(folder)["identity"]["options"]["task"])
+        assert kind is not None, "a run of this study asks polynomials"
+        table = folder / "accuracy.csv"
+        if not table.exists():
+            raise ValueError(f"{folder} is not finished, it has no {table.name}: continue that run first")
+        rows = pd.read_csv(table)
+        counts = tuple((int(row.hops), round(row.mean * row.n), int(row.n)) for row in rows.itertuples())
+        return cls(kind.m, kind.prime, counts)
 
 
 @dataclass(frozen=True)
@@ -27,6 +56,7 @@ class Plan:
     Attributes:
         asked: prompts of each number of hops, in the order of `hops`.
         m, b, prime: constants of the task.
+        other: a run on a model of another modulus.
     """
 
     hops: tuple[int, ...]
@@ -42,6 +72,7 @@ class Plan:
     batch_size: int
     max_new_tokens: int | None
     settings: Settings
+    other: Other | None = None
 
     @property
     def latents(self) -> range:
@@ -53,7 +84,7 @@ def make_plan(options: PolynomialOptions, model: CodiModel, prompts: Split) -> P
     """The plan that the options ask for.
 
     Raises:
-        ValueError: prompts that are not those of these options.
+        ValueError: prompts that are not those of these options, or another run that is not finished.
     """
     kind = polynomial.parse(options.task)
     if kind is None or not isinstance(prompts, JoinedSplit) or len(prompts.tasks) != len(options.hops):
@@ -72,4 +103,5 @@ def make_plan(options: PolynomialOptions, model: CodiModel, prompts: Split) -> P
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         settings=options.statistics(options.seed),
+        other=None if options.against is None else Other.read(options.against),
     )

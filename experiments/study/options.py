@@ -318,7 +318,7 @@ class PublishedPromptOptions(PromptOptions):
 
     @property
     def asked(self) -> str:
-        return "templates (the published choice)" if self.legacy and generator_of(self.task) else self.task
+        return "templates (the published choice)" if self.legacy and generator_of(self.task or "") else self.task
 
     def check_inputs(self) -> None:
         super().check_inputs()
@@ -330,7 +330,7 @@ class PublishedPromptOptions(PromptOptions):
         Raises:
             ValueError: it does.
         """
-        if self.legacy and generator_of(self.task) == "polynomial":
+        if self.legacy and generator_of(self.task or "") == "polynomial":
             raise ValueError(f"legacy asks the published templates: leave --legacy or --task out, got {self.task!r}")
         if self.legacy and self.derivation_task is not None:
             raise ValueError(
@@ -344,7 +344,7 @@ class PublishedPromptOptions(PromptOptions):
         from experiments.study.prompts import published_split, two_splits
 
         suffix = question_suffix if self.suffix else ""
-        if self.legacy and generator_of(self.task):
+        if self.legacy and generator_of(self.task or ""):
             return published_split(self.limit, seed, suffix, known_steps, self.reading)
         return two_splits(
             self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, legacy=self.legacy,
