@@ -147,6 +147,7 @@ def test_tables_and_words() -> None:
     assert abs(change["latents"]["difference"]) < 0.1
     found = conclude(PLAN, trials)
     text = "\n".join(section.text for section in found.sections)
+    assert "After 3 latents:\n\n| hops |" in text and "| 150 |" in text
     assert "s3 (answer)" in text and "modulo 50 (composite)" in text and "h_1, last layer, by probe" in text
     assert found.figures is not None and set(found.figures()) == {"reads"}
 

@@ -30,7 +30,7 @@ def figure_of(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Figure:
             wide = mine.pivot(index="state", columns="place", values="read").reindex(range(1, hops + 1), columns=places)
             draw_matrix(
                 axis, 100 * wide.to_numpy(), [f"s{state}" for state in wide.index],
-                [*(f"h{place}" for place in plan.latents), "end"], f"{hops} hops, {by}", bar=False, scale=scale,
+                [*(f"h_{place}" for place in plan.latents), "end"], f"{hops} hops, {by}", bar=False, scale=scale,
             )  # fmt: skip
             axis.set_xlabel("read at")
     colour_bar(figure, scale, "prompts (%)", of=axes)

@@ -34,8 +34,9 @@ def _table(heads: list[str], lines: list[list[str]]) -> str:
 
 def _accuracy(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
     rows = [row_of(tables["accuracy"], {"hops": hops}) for hops in plan.hops]
-    lines = [[str(hops), interval(row), str(row["n"])] for hops, row in zip(plan.hops, rows, strict=True)]
-    return Section(_table(["hops", "answered right", "prompts"], lines), "Accuracy")
+    lines = [[str(hops), interval(row), str(int(row["n"]))] for hops, row in zip(plan.hops, rows, strict=True)]
+    table = _table(["hops", "answered right", "prompts"], lines)
+    return Section(f"After {plan.n_latents} latents:\n\n{table}", "Accuracy")
 
 
 def _reads(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
