@@ -15,7 +15,7 @@ from experiments.study.options import (
     SplitOptions,
     StudyOptions,
 )
-from experiments.tasks import generator_of, is_endless
+from experiments.tasks import is_endless
 
 __all__ = [
     "PROBED_SPACES",
@@ -165,14 +165,6 @@ class PatchOptions(DrawOptions, StudyOptions):
         unknown = sorted(set(self.families) - set(PATCH_FAMILIES))
         if unknown or not self.families:
             raise ValueError(f"families must be among {', '.join(PATCH_FAMILIES)}, got {' '.join(unknown) or 'none'}")
-
-    def check_inputs(self) -> None:
-        super().check_inputs()
-        if generator_of(self.task) not in ("", "templates") and not self.legacy:
-            raise ValueError(
-                f"patching needs prompts of the form (X±Y)·Z + (X±Y), as in the task 'templates' or prompts.json, "
-                f"got the task {self.task!r}"
-            )
 
 
 @dataclass(frozen=True)

@@ -286,13 +286,15 @@ class PromptOptions(TaskOptions):
         if self.derivation_task is not None:
             _check_task(self.derivation_task)
 
-    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0, donors: bool = False) -> Split:
         """Evaluation and derivation prompts.
 
         Args:
             seed: of generator, division and choice.
             question_suffix: text that the checkpoint expects after every question; not used with --no-suffix.
             known_steps: number of intermediate values that every prompt must have.
+            donors: the derivation prompts give latents to evaluation prompts of the same values (see
+                `experiments.tasks.split.load_split`).
 
         Raises:
             ValueError: as `experiments.tasks.split.load_split`, or prompts without the intermediate values that are
@@ -303,7 +305,7 @@ class PromptOptions(TaskOptions):
         suffix = question_suffix if self.suffix else ""
         return two_splits(
             self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps,
-            derivation_task=self.derivation_task, reading=self.reading, **self.bounds,
+            derivation_task=self.derivation_task, reading=self.reading, donors=donors, **self.bounds,
         )  # fmt: skip
 
 
@@ -316,7 +318,7 @@ class PublishedPromptOptions(PromptOptions):
 
     @property
     def asked(self) -> str:
-        return "templates (the published choice)" if self.legacy and generator_of(self.task) else self.task
+        return "templates (the published choice)" if self.legacy and generator_of(self.task or "") else self.task
 
     def check_inputs(self) -> None:
         super().check_inputs()
@@ -328,7 +330,7 @@ class PublishedPromptOptions(PromptOptions):
         Raises:
             ValueError: it does.
         """
-        if self.legacy and generator_of(self.task) == "polynomial":
+        if self.legacy and generator_of(self.task or "") == "polynomial":
             raise ValueError(f"legacy asks the published templates: leave --legacy or --task out, got {self.task!r}")
         if self.legacy and self.derivation_task is not None:
             raise ValueError(
@@ -336,17 +338,17 @@ class PublishedPromptOptions(PromptOptions):
                 f"{self.derivation_task!r}"
             )
 
-    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0, donors: bool = False) -> Split:
         """As `PromptOptions.load_split`; with `legacy`, means are taken from the evaluation prompts themselves, and for
         a generated task these are the published choice of templates."""
         from experiments.study.prompts import published_split, two_splits
 
         suffix = question_suffix if self.suffix else ""
-        if self.legacy and generator_of(self.task):
+        if self.legacy and generator_of(self.task or ""):
             return published_split(self.limit, seed, suffix, known_steps, self.reading)
         return two_splits(
             self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, legacy=self.legacy,
-            derivation_task=self.derivation_task, reading=self.reading, **self.bounds,
+            derivation_task=self.derivation_task, reading=self.reading, donors=donors, **self.bounds,
         )  # fmt: skip
 
 

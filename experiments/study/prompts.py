@@ -93,11 +93,12 @@ def two_splits(
     reach: int | None = None,
     derivation_task: str | None = None,
     reading: Reading = COMMON,
+    donors: bool = False,
 ) -> Split:
     """Evaluation and derivation prompts that share nothing (with `legacy`: that are the same).
 
     Args:
-        task, limit, derivation, seed, suffix, legacy, min_steps, max_steps, reach, derivation_task: see
+        task, limit, derivation, seed, suffix, legacy, min_steps, max_steps, reach, derivation_task, donors: see
             `experiments.tasks.split.load_split`.
         known_steps: number of intermediate values that every prompt must have.
         reading: as for `one_split`.
@@ -117,6 +118,7 @@ def two_splits(
         legacy=legacy,
         derivation_task=derivation_task,
         decimal_comma=reading.decimal_comma,
+        donors=donors,
     )
     return _known(split, known_steps, task, derivation_task).read_by(reading)
 

@@ -29,8 +29,8 @@ from experiments.tasks.ontology import Sentence
 from experiments.tasks.prontoqa import parse_sentences, split_sentences
 
 __all__ = [
-    "FIGURE", "ChainScore", "Equation", "OntologyStep", "compression_ratio", "equations", "ontology_steps", "repetition",
-    "score_arithmetic", "score_ontology", "value_of", "words_in",
+    "FIGURE", "ChainScore", "Equation", "OntologyStep", "compression_ratio", "equations", "ontology_steps",
+    "repetition", "score_arithmetic", "score_ontology", "value_of", "words_in",
 ]  # fmt: skip
 
 _SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "\u00a0": " "})

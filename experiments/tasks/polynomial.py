@@ -25,7 +25,7 @@ from experiments.tasks.problem import Problem
 
 __all__ = [
     "CHAIN_PIECES", "HOPS", "MAX_HOPS", "MIN_HOPS", "NAME", "Polynomial", "corpus_sentences", "generate", "parse",
-    "split_of", "stream",
+    "split_of", "stream", "twins",
 ]  # fmt: skip
 
 NAME = "polynomial"
@@ -186,6 +186,42 @@ def generate(
                 f"ask for fewer than {n}"
             )
     raise AssertionError("an endless stream ended")
+
+
+def twins(problems: Sequence[Problem], kind: Polynomial, split: str, seed: int = 0) -> list[Problem]:
+    """For every problem another one of a split with the same states, from another start: the first input is another one
+    too, the later inputs are the same. Problems without one (few, unless the modulus is small) are left out.
+
+    Args:
+        problems: with these constants.
+        kind: constants.
+        split: of the twins.
+        seed: of the choice among several.
+    """
+    rng = random.Random(f"{NAME}-twins-{kind.m}-{kind.b}-{split}-{seed}")
+    found = []
+    for index, problem in enumerate(problems):
+        own, first, *later = problem.numbers
+        starts, inputs = list(range(kind.m)), list(range(kind.m))
+        rng.shuffle(starts)
+        rng.shuffle(inputs)
+        found += [
+            _problem(kind, start, (x, *later), f"{NAME}-{split}-twin-{seed}-{index}")
+            for start, x in _first(
+                (start, x)
+                for start in starts
+                for x in inputs
+                if start != own and x != first and kind.hop(start, x) == problem.intermediates[0]
+                and split_of(kind, start, (x, *later)) == split
+            )
+        ]  # fmt: skip
+    return found
+
+
+def _first(pairs: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The first pair, if there is any."""
+    pair = next(pairs, None)
+    return [] if pair is None else [pair]
 
 
 def _problem(kind: Polynomial, start: int, inputs: Sequence[int], prompt_id: str) -> Problem:

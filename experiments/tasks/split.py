@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from experiments.tasks import COMMON, Problem, Reading, generator_of, is_endless, load_task, split_by_cluster
+from experiments.tasks import (
+    COMMON,
+    Problem,
+    Reading,
+    generator_of,
+    is_endless,
+    load_task,
+    polynomial,
+    split_by_cluster,
+    with_suffix,
+)
 
 __all__ = ["Split", "check_disjoint", "digest", "load_split"]
 
@@ -103,6 +113,7 @@ def load_split(
     legacy: bool = False,
     derivation_task: str | None = None,
     decimal_comma: bool = False,
+    donors: bool = False,
 ) -> Split:
     """Load a task and split it, or take the derivation prompts from another task.
 
@@ -121,6 +132,8 @@ def load_split(
             one its derivation split, of a data set with splits "train", of a file all of it; prompts that share
             question, cluster or numbers with an evaluated one are left out. None, or the name of `task`: `task` itself.
         decimal_comma: see `load_task`.
+        donors: of the task "polynomial", whose prompts hardly ever have all values in common: up to half of the
+            derivation prompts are made to have those of an evaluation prompt, from other numbers.
 
     Raises:
         ValueError: no such task, no prompts, prompts without answers, too few of them to split.
@@ -145,7 +158,11 @@ def load_split(
     elif generator_of(task):
         evaluation = load("test", limit)
         taken = {trait for problem in evaluation for trait in _traits(problem)}
-        candidates = [problem for problem in load("derivation", derivation) if not taken & _traits(problem)]
+        found = load("derivation", derivation)
+        if donors and (kind := polynomial.parse(task)) is not None:
+            made = with_suffix(polynomial.twins(evaluation[: derivation // 2], kind, "derivation", seed), suffix)
+            found = list({problem.question: problem for problem in (*made, *found)}.values())[:derivation]
+        candidates = [problem for problem in found if not taken & _traits(problem)]
     else:
         problems = load("test", None)
         fraction = min(0.5, derivation / len(problems))
