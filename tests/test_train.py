@@ -198,7 +198,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"last_weights": (0.0,) * 5}, "last-weights must be 5 numbers of 0 or more, not all 0"),
         ({"first_weights": (1.0, 2.0)}, "first-weights must be 5 numbers of 0 or more"),
         ({"init": "no/such-base"}, "base model no/such-base is neither a folder"),
-        ({"lora_dropout": 0.1}, "lora-dropout 0.1 cannot act on merged weights: give --no-merged"),
+        ({"lora_dropout": 0.1}, "lora-dropout 0.1 cannot act on merged weights: give --merged False"),
         ({"lora_dropout": 1.0}, "lora-dropout must be a fraction below 1, got 1"),
         ({"step_latents": "4:1"}, "latents of step-latents must be in 1..3"),
         ({"lora_modules": ("q_proj", "c_attn")}, "LoRA modules must be among q_proj, .*, got 'c_attn'"),

@@ -125,7 +125,7 @@ class TrainOptions(JudgingOptions, RunOptions):
     """From scratch: width of the MLP."""
 
     teacher_steps: int | None = None
-    """Steps of the teacher stage (0: none); None: the preset's from scratch, 0 with --init."""
+    """Steps of the teacher stage (0: none); None: the preset's from scratch, 0 with --init (smollm2 640)."""
     teacher_lora: bool | None = None
     """With --init: the teacher stage trains LoRA weights, which the student goes on from, and leaves the base as it is;
     otherwise it trains all weights of the base (smollm2 yes)."""
@@ -153,7 +153,7 @@ class TrainOptions(JudgingOptions, RunOptions):
     lora_alpha: float | None = None
     """LoRA scale is alpha / r (published 32)."""
     lora_dropout: float | None = None
-    """Dropout on what enters a LoRA layer, a fraction (published 0.1, tiny 0); needs --no-merged. While a model is
+    """Dropout on what enters a LoRA layer, a fraction (published 0.1, tiny 0); needs --merged False. While a model is
     trained, dropouts of its own (GPT-2 has some) act too, as in published training."""
     lora_modules: tuple[str, ...] | None = None
     """Names of the linear layers that carry LoRA, such as q_proj v_proj; none named: all of the blocks (published)."""
@@ -200,7 +200,8 @@ class TrainOptions(JudgingOptions, RunOptions):
     first_weights: tuple[float, ...] = (1.2, 1.2, 1.0, 1.0, 1.0)
     """Endless data: relative frequency of problems of 1..5 steps (hops) at the first step of a stage…"""
     last_weights: tuple[float, ...] = (0.5, 0.8, 1.2, 1.3, 1.3)
-    """… and from half of the stage on; linear in between. Held-out problems have 3 steps or more, or as many as
+    """… and from half of the stage on; linear in between. Held-out problems have 3 steps or more (word
+    problems 2), or as many as
     training has where that is less: 0 1 0 0 0 trains on problems of two hops alone."""
     last_step: bool | None = None
     """Whether the written chain holds its last equation (published: no, because a teacher that has written the result
@@ -327,14 +328,15 @@ def _refuse_contradictions(options: Resolved) -> None:
     """Refuse options that cannot act together."""
     if options.merged and options.lora_dropout:
         raise UserError(
-            f"lora-dropout {options.lora_dropout:g} cannot act on merged weights: give --no-merged or --lora-dropout 0"
+            f"lora-dropout {options.lora_dropout:g} cannot act on merged weights: give --merged False or "
+            "--lora-dropout 0"
         )
     if options.teacher_lora and not options.init:
         raise UserError("--teacher-lora trains an adapter of a given base: give --init")
     if options.checkpoint == "trained" and (not options.init or (options.teacher_steps and not options.teacher_lora)):
         raise UserError(
-            "--checkpoint trained needs a base that stays as it is: give --init, and --teacher-lora if there is a "
-            "teacher stage"
+            "--checkpoint trained needs a base that stays as it is: give --init, and --teacher-lora True if there "
+            "is a teacher stage"
         )
     if options.frozen_teacher and options.teacher_weight:
         raise UserError(
