@@ -201,8 +201,7 @@ class TrainOptions(JudgingOptions, RunOptions):
     """Endless data: relative frequency of problems of 1..5 steps (hops) at the first step of a stage…"""
     last_weights: tuple[float, ...] = (0.5, 0.8, 1.2, 1.3, 1.3)
     """… and from half of the stage on; linear in between. Held-out problems have 3 steps or more (word
-    problems 2), or as many as
-    training has where that is less: 0 1 0 0 0 trains on problems of two hops alone."""
+    problems 2), or as many as training has where that is less: 0 1 0 0 0 trains on problems of two hops alone."""
     last_step: bool | None = None
     """Whether the written chain holds its last equation (published: no, because a teacher that has written the result
     only copies it)."""
