@@ -54,7 +54,7 @@ class StepDecoder(nn.Module):
                 attn_implementation="eager",
             )
         )
-        blocks.embed_tokens = None  # those of the base model are used
+        del blocks.embed_tokens  # those of the base model are used
         self.blocks = blocks
 
     def forward(self, model: Parts, latents: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

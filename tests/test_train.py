@@ -297,7 +297,13 @@ def test_what_is_given_beats_the_preset_even_where_it_is_the_default_of_another(
     bases: dict[str, str], data: str
 ) -> None:
     tiny = Resolved()
-    given = {"lora_r": tiny.lora_r, "micro_batch": tiny.micro_batch, "merged": True, "teacher_steps": 5}
+    given = {
+        "lora_r": tiny.lora_r,
+        "micro_batch": tiny.micro_batch,
+        "merged": True,
+        "lora_dropout": 0.0,
+        "teacher_steps": 5,
+    }
     found = resolve(TrainOptions(init=bases["llama"], data=data, **given))  # type: ignore[arg-type]
     assert {name: getattr(found, name) for name in given} == given and found.lora_alpha == 32
     assert resolve(TrainOptions(init=bases["llama"], data=data, steps=7)).epochs == 0
