@@ -55,9 +55,10 @@ def best_place(reads: pd.DataFrame, hops: int, state: int, places: range) -> Sel
         (reads["side"] == "derivation") & (reads["hops"] == hops) & (reads["state"] == state)
         & reads["place"].between(places[0], places[-1])
     ]  # fmt: skip
-    share = mine.groupby(["method", "place", "layer"], sort=True, observed=True)["read"].mean()
-    method, place, layer = share.idxmax()
-    return {"hops": hops, "state": state, "method": method, "place": int(place), "layer": int(layer)}
+    shares = mine.groupby(["method", "place", "layer"], sort=True, observed=True)["read"].mean().reset_index()
+    top = shares.iloc[int(shares["read"].to_numpy().argmax())]
+    place, layer = int(top["place"]), int(top["layer"])
+    return {"hops": hops, "state": state, "method": str(top["method"]), "place": place, "layer": layer}
 
 
 def read_at(reads: pd.DataFrame, where: Selector) -> pd.Series:

@@ -14,6 +14,8 @@ Trials: `reads`, `answers` (measures.py). Runs as `codi polynomial` or `python -
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from experiments.polynomial.claims import best_place, claims_of
@@ -55,11 +57,8 @@ def tables_of(plan: Plan, trials: Trials) -> dict[str, pd.DataFrame]:
                 here = tested[(tested[by] == pd.Series(where)).all(axis=1)]
                 rows.append(levels(here, by, "read", settings, (0.0, 1.0)).assign(within=within))
     number = ["hops", "number", "reader"]
-    tried = [
-        {"hops": hops, "number": t, "reader": reader}
-        for hops in plan.hops
-        for t in range(hops + 1)
-        for reader in READERS
+    tried: list[dict[str, Any]] = [
+        {"hops": hops, "number": t, "reader": who} for hops in plan.hops for t in range(hops + 1) for who in READERS
     ]
     change = differences(answered, [(one, {**one, "number": -1, "reader": ""}) for one in tried], number)
     long = [change[place].dropna().rename("change").reset_index().assign(**one) for place, one in enumerate(tried)]

@@ -39,7 +39,8 @@ def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
         vocabulary = max(int(base.get_input_embeddings().weight.shape[0]), len(tokenizer))
         base.resize_token_embeddings(vocabulary + len(CODI_SPECIAL_TOKENS), mean_resizing=False)
     else:
-        sentences, pieces = arithmetic.corpus_sentences() + templates.corpus_sentences(), (">><<a", "a>>", "<<a")
+        pieces: tuple[str, ...] = (">><<a", "a>>", "<<a")
+        sentences = arithmetic.corpus_sentences() + templates.corpus_sentences()
         if generator_of(config.data) == polynomial.NAME:
             sentences, pieces = polynomial.corpus_sentences(), polynomial.CHAIN_PIECES
         chains = [*pieces] * 500
