@@ -88,7 +88,8 @@ def claims_of(plan: Plan, trials: Trials) -> ClaimsTable:
     questions += [_direct(answered, hops, blocked(hops), values) for hops in SHORT]
     questions += _fused(plan, reads, [hops for hops in plan.hops if not blocked(hops)], values)
     questions += [_late(plan, reads, hops, blocked(hops), values) for hops in LONG]
-    counts = {hops: (int(mine["correct"].sum()), len(mine)) for hops, mine in plain.groupby("hops")}
+    rows = {hops: plain.loc[plain["hops"] == hops, "correct"] for hops in plan.hops}
+    counts = {hops: (int(mine.sum()), len(mine)) for hops, mine in rows.items()}
     together = judged_together(questions, plain["cluster"].to_numpy(), plan.settings)
     return ClaimsTable([*together, _prime(plan, counts)])
 

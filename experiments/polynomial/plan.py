@@ -44,8 +44,8 @@ class Other:
         table = folder / "accuracy.csv"
         if not table.exists():
             raise ValueError(f"{folder} is not finished, it has no {table.name}: continue that run first")
-        rows = pd.read_csv(table)
-        counts = tuple((int(row.hops), round(row.mean * row.n), int(row.n)) for row in rows.itertuples())
+        rows = pd.read_csv(table).to_dict("records")
+        counts = tuple((int(row["hops"]), round(row["mean"] * row["n"]), int(row["n"])) for row in rows)
         return cls(kind.m, kind.prime, counts)
 
 
