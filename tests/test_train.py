@@ -126,6 +126,22 @@ def test_a_published_base_needs_no_teacher(finished: Path, tmp_path: Path) -> No
     torch.testing.assert_close(state(tmp_path / "run")[key].float(), state(finished)[key].float())
 
 
+def test_a_teacher_is_taken_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    main(replace(TOY, out=tmp_path / "run", teacher=str(finished / "checkpoint"), teacher_steps=None))
+    before, after = state(finished), state(tmp_path / "run")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        trained = "lora_" in name or name.startswith("prj.")
+        assert trained or torch.equal(weight, after[name]), name
+    assert not torch.equal(before["prj.1.weight"], after["prj.1.weight"])  # begun anew
+    for side in ("base/model.safetensors", "base/tokenizer.json", "tokenizer.json"):
+        copies = [folder / "checkpoint" / side for folder in (finished, tmp_path / "run")]
+        assert copies[0].read_bytes() == copies[1].read_bytes(), side
+    assert load_codi(tmp_path / "run" / "checkpoint").protocol == load_codi(finished / "checkpoint").protocol
+    log = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert {row["stage"] for row in log} == {"distillation"}
+
+
 def test_batches_are_a_function_of_seed_and_step() -> None:
     def draw(seed: int, step: int) -> list[str]:
         config = resolve(replace(TOY, seed=seed))
@@ -145,6 +161,8 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"steps": 3, "epochs": 2.0}, "--steps or --epochs, not both: got 3 and 2"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"init": "no/such-base"}, "base model no/such-base is neither a folder"),
+        ({"teacher": "checkpoints/tiny"}, "neither --init nor --teacher-steps can be given; got 3"),
+        ({"teacher": "no/such-model", "teacher_steps": None}, "no/such-model"),
     ],
 )
 def test_mistakes(tmp_path: Path, changes: dict, message: str) -> None:  # type: ignore[type-arg]

@@ -113,8 +113,8 @@ def make_tables(trials: Trials, writers: int, settings: Settings) -> dict[str, p
     total = together.groupby("item")["written"].transform("sum")
     together = together.assign(share=together["written"] / total.where(total > 0)).dropna(subset=["share"])
     counted = together[together["source"] != "rest"]
-    several = (counted["share"] >= LEAST_SHARE).groupby([counted["item"], counted["cluster"]]).sum()
-    several = several.rename("pathways").reset_index().assign(of="writers")
+    at_once = (counted["share"] >= LEAST_SHARE).groupby([counted["item"], counted["cluster"]]).sum()
+    several = at_once.rename("pathways").reset_index().assign(of="writers")
     silenced = trials["ablated"]
     right = silenced.groupby("silenced", observed=True, sort=True)["right"].mean().to_numpy()
     ablation = means_by(silenced, ["silenced"], "probability", settings, cluster="cluster")

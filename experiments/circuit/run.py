@@ -273,7 +273,7 @@ def _figures(plan: Plan, tables: dict[str, pd.DataFrame], shown: list[str], grow
     from experiments.circuit import figures
 
     named = [name for name in ("writers", "movers") if name in tables]
-    marks = {name: tables[name].head(N_WRITERS)["block"].tolist() for name in named}
+    marks: dict[str, list[int]] = {name: tables[name].head(N_WRITERS)["block"].tolist() for name in named}
     makers = {
         "effects": lambda: figures.draw_effects(tables["effects"], plan.n_blocks, plan.n_heads),
         "knockout": lambda: figures.draw_kept(tables["kept"], plan.n_blocks * plan.n_heads),

@@ -143,9 +143,9 @@ def flow_section(tables: Tables, n_blocks: int) -> Section:
         lines += ["", "Inferred words when their earlier mentions are exchanged (probability):", ""]
         for subtask, part in mentions.groupby("subtask", observed=True):
             by = part.set_index("corruption")
-            words = ", ".join(f"{name} {with_interval(by.loc[name], 'mean')}"
+            words = ", ".join(name + " " + with_interval(by.loc[name], "mean")
                               for name in ("none", "question", "chain", "both"))  # fmt: skip
-            lines.append(f"- {subtask}: {words}")
+            lines.append(f"- {subtask!s}: {words}")
     best = tables["movers"].head(N_WRITERS)
     first = int((best["block"] <= n_blocks / 2).sum())
     named = ", ".join(f"{int(one['block'])}.{int(one['head'])}" for _, one in best.head(NAMED).iterrows())

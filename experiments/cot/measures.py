@@ -90,7 +90,7 @@ def _steps(item: Item, text: str, reading: Reading) -> tuple[int, int, bool]:
         found = score_ontology(item.question, text)
         return found.steps, found.valid_steps, found.is_chain
     if item.kind in ("number", "letter") or not item.chain:
-        at = len(text) if reading.at is None else reading.at
+        at: int | None = len(text) if reading.at is None else reading.at
         if item.kind == "number" and reading.at != 0:
             at = None  # the last number; nothing stands before an answer at once
         score = score_arithmetic(text, at, _units(item))

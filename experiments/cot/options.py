@@ -217,7 +217,7 @@ class EvalOptions(RunOptions, SteeringOptions, SetOptions, LanguageOptions):
     """Layer and coefficient of continuous steering; None: what the grid chose."""
     single: tuple[int, float] | None = None
     """Layer and coefficient of single steering; None: what the grid chose."""
-    draws: int = 2
+    draws: int = 5
     """Random directions of the vector's norm beside it (the shuffled vectors are those of the derivation)."""
     margin: float = 0.1
     """Non-inferiority: steering competes with the step-by-step prompt if it loses less than this, a fraction."""
@@ -285,7 +285,7 @@ class CotRunOptions(StatisticsOptions, RunOptions, SuffixOptions, SetOptions, La
     """As in `codi cot grid`."""
     score: Scoring = "text"
     """As in `codi cot grid`."""
-    draws: int = 2
+    draws: int = 5
     """As in `codi cot eval`."""
     margin: float = 0.1
     """As in `codi cot eval`."""

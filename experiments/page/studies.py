@@ -153,6 +153,17 @@ LANGUAGE_STUDIES: tuple[Entry, ...] = (
         ("rates", "pareto"),
         (COT, ("--grid", "cot-grid")),
     ),
-    Entry("circuit", ("circuit",), "Which heads make each word of a written chain of thought.", ("effects*", "*")),
+    Entry(
+        "circuit",
+        ("circuit", "--demonstrations", "0", "--limit", "40", "--held-out", "20", "--traced", "20"),
+        "Which heads make each word of a written chain of thought.",
+        ("effects*", "*"),
+    ),
+    Entry(
+        "circuit-shown",
+        ("circuit", "--what", "flow", "mixing", "rift"),
+        "The same behind six solved ontologies: sources, pairs of words, pretraining against context.",
+        ("*",),
+    ),
 )
 """Studies of ordinary language models."""

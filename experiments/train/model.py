@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from codi.checkpoint import load_codi
 from codi.model import CodiModel
 from codi.parts import Projection
+from codi.places import locate
 from codi.protocol import answer_only, original
 from codi.tokenizer import CODI_SPECIAL_TOKENS, build_tokenizer
 from experiments.tasks import arithmetic, templates
 from experiments.train.options import Resolved
 from lm.tokenizer import read_tokenizer
 
-__all__ = ["build_model", "freeze_in_bfloat16", "frozen_base"]
+__all__ = ["base_reference", "build_model", "freeze_in_bfloat16", "frozen_base"]
 
 
 def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
     """The model before any training, the size of the base vocabulary (the CODI tokens follow), the base tokenizer."""
     tokenizer: Any
     base: Any
+    if config.teacher:
+        return _taught(config, attention)
     if config.init:
         tokenizer = read_tokenizer(config.init)
         base = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32, attn_implementation=attention)
@@ -66,6 +71,30 @@ def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
     tokenizer.padding_side = "left"
     prj = Projection(base.config.hidden_size, config.prj_dim)
     return CodiModel(base, prj, tokenizer, protocol, n_latents=config.n_latents), vocabulary, base_tokenizer
+
+
+def _taught(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
+    """The same around the base model of a CODI checkpoint: its LoRA and projection are left behind, the trained rows of
+    its tokens are kept."""
+    place = locate(config.teacher, None)
+    taught = load_codi(config.teacher, merge_lora=False)
+    base = AutoModelForCausalLM.from_config(taught.base.config, attn_implementation=attention)
+    weights = taught.base.state_dict().items()
+    base.load_state_dict({name.replace(".base_layer", ""): x for name, x in weights if ".lora_" not in name})
+    vocabulary = AutoConfig.from_pretrained(place.base_folder).vocab_size
+    prj = Projection(base.config.hidden_size, config.prj_dim)
+    model = CodiModel(base, prj, taught.tokenizer, taught.protocol, n_latents=config.n_latents)
+    return model, vocabulary, read_tokenizer(str(place.base_folder))
+
+
+def base_reference(config: Resolved) -> str | None:
+    """Where the saved model is to find its base; None: it holds a copy, because the base is its own."""
+    if config.teacher:
+        place = locate(config.teacher, None)
+        return None if place.base_folder.is_relative_to(place.folder) else place.base_name
+    if config.init and not config.teacher_steps:
+        return str(Path(config.init).resolve()) if Path(config.init).is_dir() else config.init
+    return None
 
 
 def frozen_base(model: CodiModel, vocabulary: int) -> Any:

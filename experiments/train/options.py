@@ -59,6 +59,9 @@ class TrainOptions(JudgingOptions, RunOptions):
     settings for these bases; auto: tiny from scratch, with --init gpt2 for a GPT-2 and llama-1b for any other base."""
     init: str = ""
     """Base model: folder or hub id; empty: a small Llama from scratch."""
+    teacher: str = ""
+    """A CODI checkpoint (folder or hub id) whose base model, tokens and protocol are taken as they are, in place of a
+    teacher stage: models that differ in their distillation only share one teacher. Empty: none."""
     data: str = "arithmetic"
     """Training problems with written chains: "arithmetic" (endless), or a file or hub id that `codi eval` reads."""
     decimal_comma: bool = False
@@ -207,7 +210,12 @@ def resolve(options: TrainOptions) -> Resolved:
     if options.epochs and options.data == ENDLESS:
         raise UserError(f"--epochs needs a finite data set, and {ENDLESS!r} is endless: give --steps")
     values = dict(PRESETS[preset])
-    if options.init:
+    if options.teacher and (options.init or options.teacher_steps):
+        raise UserError(
+            "--teacher takes a finished teacher, so that neither --init nor --teacher-steps can be given; got "
+            f"{options.init or options.teacher_steps}"
+        )
+    if options.init or options.teacher:
         values["teacher_steps"] = 0
     if preset != "tiny":
         values["direct_fraction"] = 1.0 if options.protocol == "answer-only" else 0.0
@@ -215,8 +223,8 @@ def resolve(options: TrainOptions) -> Resolved:
         values["epochs"] = 0.0
     values |= {k: v for k, v in vars(options).items() if v is not None}
     resolved = Resolved(**{**values, "preset": preset})
-    if not resolved.init and not resolved.teacher_steps:
-        raise UserError("a model from scratch needs a teacher stage: give --teacher-steps > 0 or --init")
+    if not resolved.init and not resolved.teacher and not resolved.teacher_steps:
+        raise UserError("a model from scratch needs a teacher stage: give --teacher-steps > 0, --teacher or --init")
     return resolved
 
 

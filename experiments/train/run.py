@@ -33,7 +33,7 @@ from experiments.study.result import Section
 from experiments.study.run import Findings, to_stderr, write_result
 from experiments.tasks.problem import Problem
 from experiments.train.data import load_data
-from experiments.train.model import build_model, freeze_in_bfloat16, frozen_base
+from experiments.train.model import base_reference, build_model, freeze_in_bfloat16, frozen_base
 from experiments.train.options import Resolved, TrainOptions, check_folder, micro_batch_of, resolve
 from experiments.train.stage import Stage, run_stage
 from lm.cache import GROUPED_ATTENTION
@@ -106,11 +106,8 @@ def _train(config: Resolved, accelerator: Accelerator, cpu: bool) -> Path:
     if config.teacher_steps:
         stage = Stage("teacher", config.teacher_steps, config.teacher_lr, config.teacher_weight_decay, (0.9, 0.95))
         run_stage(stage, TeacherLoss(model, config.direct_fraction), model, config, data, held_out, accelerator)
-    base: Any
-    if config.init and not config.teacher_steps:
-        base = str(Path(config.init).resolve()) if Path(config.init).is_dir() else config.init
-    else:
-        base = frozen_base(model, vocabulary)
+    reference = base_reference(config)
+    base: Any = frozen_base(model, vocabulary) if reference is None else reference
     _distil(model, config, base, n_steps, data, held_out, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
