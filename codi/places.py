@@ -18,7 +18,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from codi.protocol import UserError
 from lm.weights import read_object
 
-__all__ = ["BASE_FOLDER", "KNOWN", "PUBLISHED_ALPHA", "PUBLISHED_R", "KnownCheckpoint", "Place", "locate"]
+__all__ = [
+    "BASE_FOLDER", "KNOWN", "PUBLISHED_ALPHA", "PUBLISHED_R", "KnownCheckpoint", "Place", "known_checkpoint", "locate",
+]  # fmt: skip
 
 PUBLISHED_R, PUBLISHED_ALPHA = 128, 32
 CHECKPOINT, BASE = "checkpoint", "base model"
@@ -54,6 +56,7 @@ KNOWN = {
 
 
 def known_checkpoint(name: str) -> KnownCheckpoint | None:
+    """What is known of a published checkpoint, by its hub id or the last part of it; None: it is not published."""
     last = Path(name).name
     return next((known for hub_id, known in KNOWN.items() if name == hub_id or last == hub_id.split("/")[1]), None)
 

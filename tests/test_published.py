@@ -13,6 +13,7 @@ import pytest
 from experiments import cli
 from experiments.page import published
 from experiments.page.comparison import Column
+from experiments.page.findings import arguments
 from experiments.page.markdown import Found
 from experiments.page.published import accuracies, entries_of, fetch
 from experiments.page.published_options import PublishedOptions
@@ -60,7 +61,7 @@ def test_end_to_end_on_golden_size_models(
     assert text.index("## Accuracy") < text.index("## Models") < text.index("## Claims by model")
     rows = [line for line in text.splitlines() if line.startswith("| CODI-gpt2 | gsm8k")]
     assert [row.split("|")[3].strip() for row in rows] == ["carried", "carried", "published", "published"]
-    assert "| 4 | 43.7 % [1] | −43.7 | **not as reported** |" in rows[0].replace("-43.7", "−43.7")
+    assert "| 4 | 43.7 % [1] | -43.7 | **undecided** |" in rows[0]  # of four answers little can be said
     assert "| CODI-gpt2 | svamp | carried | – | – | – | – | not run yet |" in text
     assert "| codi_llama1b-answer_only | gsm8k | published | 0.0 [0.0," in text
     assert "issue 17" in text and "no reported accuracy on these data sets was found" in text
@@ -109,6 +110,9 @@ def test_what_is_run_and_on_what() -> None:
     assert entries_of(PublishedOptions()) == list(PUBLISHED_STUDIES)  # nothing here: all by hub id
     assert {one.data for one in REPORTED} <= DATA_SETS.keys() and all(0 < one.accuracy < 1 for one in REPORTED)
     assert all(one.source for one in REPORTED)
+    given = arguments(PublishedOptions().on(MODELS[0]), Entry("necessity", ("necessity",), "?").on(MODELS[0]))
+    out = ["--out", "runs/published/CODI-gpt2-necessity"]
+    assert given == ["--dtype", "bfloat16", "--model", MODELS[0], *out]  # not the default of the study
     for entry in PUBLISHED_STUDIES[:10]:  # every word of the commands is an option that exists
         cli.parse(entry.options, list(entry.command[1:]), "codi")
 
