@@ -91,7 +91,8 @@ def test_the_page_of_a_comparison(tmp_path: Path) -> None:
     assert "| plain | S5 (kv, cached): says S5 (kv, cached) | **not held** | 0.000 [-0.100, 0.100]" in steering
     assert "seen: 9 points" in steering and "| poly | S5 (kv, cached)" in steering and "(not run)" in steering
     assert "| guided | plain | 3 | 2 (67 %) |" in text  # C1, C2, S5
-    assert "**guided**: 1 claim:\n\n- `necessity`, C2: says C2 (guided 0.500" in text and "**plain**: 0 claims." in text
+    assert "**guided** (arithmetic): 1 claim.\n\n- `necessity`, C2: says C2 (guided held, 0.500" in text
+    assert "**plain** (arithmetic): 0 claims." in text
     assert "- `codi sweep` on poly: no numbers here" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") in (5, 6, 8) for line in tables) and text.count("|---|---|---|---|---|---|---|") == 1

@@ -167,7 +167,7 @@ def write_comparison(page: Path, columns: Sequence[Column], above: Sequence[str]
     """
     lines = lines_of(columns)
     labels = [column.label for column in columns]
-    parts = [COMPARISON, "", *above, *_models(page, columns), *_steering(lines, columns), *_alone(lines, labels)]
+    parts = [COMPARISON, "", *above, *_models(page, columns), *_steering(lines, columns), *_alone(lines, columns)]
     parts += ["## Agreement", "", "Of every two models, over the claims that both decide (held or not held).", ""]
     parts += ["| model | model | decided by both | agree |", "|---|---|---|---|", *_pairs(lines, labels), ""]
     parts += ["## Claims by model", "", *VERDICT_WORDS, "", *_CELLS, ""]
@@ -191,7 +191,11 @@ def _models(page: Path, columns: Sequence[Column]) -> list[str]:
             f"{ran} of {len(column.known)}", counts(column.known).rstrip("."),
         ))  # fmt: skip
     head = ["| model | checkpoint | trained on; guided | studies | claims |", "|---|---|---|---|---|"]
-    return ["## Models", "", *head, *rows, ""]
+    words = (
+        "A model that was trained on a task of its own is asked problems of that task: its verdicts are about other",
+        "prompts as well as another model.",
+    )
+    return ["## Models", "", *words, "", *head, *rows, ""]
 
 
 def _link(page: Path, other: Path) -> str:
@@ -222,23 +226,26 @@ def _steering(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
     return [*parts, ""]
 
 
-def _alone(lines: Sequence[Line], labels: Sequence[str]) -> list[str]:
-    """Findings of one model, and verdicts that only one model reaches."""
+def _alone(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
+    """Findings of one model, model by model."""
     parts = [
         "## Found in one model alone", "",
         "Held on this model, and not held on every other model that decides the claim (at least one). What the others",
         "leave undecided is not counted as absent there.", "",
     ]  # fmt: skip
-    for label in labels:
-        own = alone(lines, label)
-        parts += [f"**{label}**: " + (f"{len(own)} claims" if len(own) != 1 else "1 claim") + ("." if not own else ":")]
+    for column in columns:
+        own = alone(lines, column.label)
+        number = f"{len(own)} claim" + ("" if len(own) == 1 else "s")
+        parts += [f"**{column.label}**" + (f" ({column.told})" if column.told else "") + f": {number}."]
         parts += ["", *(f"- `{line.study}`, {line.name}: {line.statement} ({_numbers(line)})" for line in own)]
         parts += [""] if own else []
     return parts
 
 
 def _numbers(line: Line) -> str:
-    return "; ".join(f"{label} {claim.number}" for label, claim in line.claims.items() if line.verdict(label))
+    return "; ".join(
+        f"{label} {claim.verdict}, {claim.number}" for label, claim in line.claims.items() if line.verdict(label)
+    )
 
 
 def _refused(columns: Sequence[Column]) -> list[str]:

@@ -47,7 +47,8 @@ def _claim(
     where = f"{family.space} {part}".strip() + f", {family.timing}"
     note = _could_be_found(power, family)
     if family.space == "embedding":
-        return never_better(f"S4 ({where})", "embedding steering never beats the baseline", best, note)
+        reference = "unsteered exit" if family.timing == "early-exit" else "unsteered run"
+        return never_better(f"S4 ({where})", "embedding steering never beats the baseline", best, note, reference)
     edited = f"the {part} of {EDITED[family.space]}" if part else EDITED[family.space]
     statement = f"steering {edited} ever helps: some direction beats the baseline and random directions"
     return some_better(f"S5 ({where})" if family.space == "kv" else f"helps ({where})", statement, best, note)

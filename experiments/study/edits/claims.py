@@ -91,19 +91,20 @@ def best_cell(
     )
 
 
-def never_better(name: str, statement: str, best: BestCell, note: str = "") -> Claim:
+def never_better(name: str, statement: str, best: BestCell, note: str = "", reference: str = "unsteered exit") -> Claim:
     """That no edit gains as much as MARGIN.
 
     Args:
         name, statement: of the claim.
         best: the largest gain.
         note: said after the note of the best cell.
+        reference: what gains are measured from, in words.
     """
     lower, upper = float(best.row["lower"]), float(best.row["upper"])
     verdict = judge_absence(lower, upper, MARGIN, side="above", family=best.cells)
     if blocked := no_room(best.lowest, "above", MARGIN):
         verdict = dataclasses.replace(verdict, verdict="not testable", reason=blocked)
-    rule = f"gain of the best cell over its unsteered exit is below {MARGIN}"
+    rule = f"gain of the best cell over its {reference} is below {MARGIN}"
     return effect_claim(name, statement, rule, verdict, best.row, _joined(best.note, note), "estimate", best.corrected)
 
 
