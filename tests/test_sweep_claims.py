@@ -70,6 +70,11 @@ def test_the_interval_is_that_of_the_largest_gain_of_any_cell() -> None:
     assert best.row["lower"] <= alone.row["lower"] and best.row["upper"] >= alone.row["upper"] and not alone.corrected
     assert never_better("n", "never", best).verdict == "not held"
     assert some_better("s", "some", best).verdict == "undecided"  # far above the baseline, not beyond random directions
+    none = np.zeros((40, 1))
+    wide, bounded = (best_cell(none, np.arange(40), cells[:1], evidence, FAST, "x", share) for share in (None, [0.0]))
+    assert (
+        wide.row["lower"] < bounded.row["lower"] == 0.0 and wide.row["upper"] == bounded.row["upper"] > 0
+    )  # nothing to lose
     few = best_cell(gains, np.arange(200), cells, {**evidence, "least_p": 0.6}, FAST, "kv space")
     assert "the rest is judged in X" in some_better("s", "some", few, elsewhere="X").note
     assert "; more" in some_better("s", "some", few, "more").note

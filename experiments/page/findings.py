@@ -74,8 +74,8 @@ class Models:
 def arguments(options: PageOptions, entry: Entry) -> list[str]:
     """The command line of one study after its first word: only what is not its default, and where it writes."""
     given = list(entry.command[1:])
-    own = {one.name: getattr(options, one.name, one.default) for one in fields(ModelOptions)}
-    other = {one.name: own[one.name] for one in fields(ModelOptions) if own[one.name] != one.default}
+    of_page = {one.name: getattr(options, one.name, one.default) for one in fields(ModelOptions)}
+    other = {one.name: of_page[one.name] for one in fields(ModelOptions) if of_page[one.name] != one.default}
     for name, value in (changed(options) | other).items():  # a page's default may be another than that of studies
         option = f"--{name.replace('_', '-')}"
         if option in given or (name == "model" and entry.model):  # the entry says it

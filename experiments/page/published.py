@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from codi.places import KNOWN, known_checkpoint, locate
+from codi.known import KNOWN, known_checkpoint
+from codi.places import locate
 from experiments.page.comparison import Column
 from experiments.page.findings import compare
 from experiments.page.markdown import NOT_RUN, Found, row

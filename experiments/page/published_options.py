@@ -1,5 +1,4 @@
-"""Options of `codi published`. Free of torch; apart from options.py, because the list of published checkpoints brings
-the hub's library along."""
+"""Options of `codi published`, over those of `codi findings`. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from codi.places import KNOWN
+from codi.known import KNOWN
 from experiments.page.options import FindingsOptions
 from experiments.page.studies import PUBLISHED_STUDIES, Entry
 from lm.terms import Dtype

@@ -63,7 +63,8 @@ def _best(family: Family, cells: pd.DataFrame, evidence: pd.DataFrame, settings:
     own = cells[(cells[list(family.name)] == pd.Series(family.name)).all(axis=1) & ~cells["mirrored"].astype(bool)]
     gain = row_of(evidence, {**family.name, "tail": "gain"})
     words = f"{family.space} space ({family.timing})"
-    return best_cell(gains, family.prompt_cluster, own, gain, settings, words)
+    share = family.conditions["baseline"].to_numpy(float)[rows]
+    return best_cell(gains, family.prompt_cluster, own, gain, settings, words, share)
 
 
 def _could_be_found(power: pd.DataFrame, family: Family) -> str:

@@ -58,6 +58,7 @@ def best_cell(
     evidence: Mapping[str, Any],
     settings: Settings,
     where: str,
+    before: Sequence[float] | np.ndarray | None = None,
 ) -> BestCell:
     """The largest gain of a family.
 
@@ -68,8 +69,10 @@ def best_cell(
         evidence: record of the family's gains (study/edits/verdicts.py).
         settings: resamples, level, seed, alpha.
         where: the family in words, such as "kv space".
+        before: (cell,) unsteered accuracy, a fraction: bounds of cells that no prompt tells apart use it; None: not.
     """
-    table = family_intervals(gains, clusters, [(-1.0, 1.0)] * gains.shape[1], settings)
+    room = None if before is None else [(-float(share), 1 - float(share)) for share in before]
+    table = family_intervals(gains, clusters, [(-1.0, 1.0)] * gains.shape[1], settings, room)
     row: dict[str, Any] = {str(name): value for name, value in table.iloc[table["estimate"].argmax()].items()}
     row |= {"lower": table["lower"].max(), "upper": table["upper"].max()}
     number, above = int((cells["verdict"] == "improvement").sum()), int((cells["gain_q"] <= settings.alpha).sum())
