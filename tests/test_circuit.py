@@ -12,6 +12,7 @@ from circuit_model import count_all_as_right, make_circuit_model
 
 from circuits.heads import Heads
 from circuits.patching import patch
+from experiments.circuit import trials
 from experiments.circuit.items import make_ontologies, subtasks
 from experiments.circuit.options import CircuitOptions
 from experiments.circuit.run import STUDY
@@ -179,8 +180,18 @@ def test_all_parts_of_a_run_and_its_files(model, tmp_path, monkeypatch):
     whole = kept[kept["circuit"] == "whole"]
     assert (whole["agreement"] == 1).all() and {"held-out", "unseen"} == set(kept["set"])
     assert {"reasoning", "copy", "decision", "random", "none"} < set(kept["circuit"])
+    for part in (tmp_path / "all/trials").glob("part-kept-*.parquet"):
+        part.unlink()
+
+    def patched_again(*arguments, **given):
+        raise AssertionError("heads are ranked by the effects of the run folder, not by new ones")
+
+    monkeypatch.setattr(trials, "patch", patched_again)
     again = run_study(STUDY, everything, model, ontologies)
     assert again.markdown() == found.markdown()
+    next((tmp_path / "all/trials").glob("part-effects-*.parquet")).unlink()
+    with pytest.raises(AssertionError, match="not by new ones"):
+        run_study(STUDY, everything, model, ontologies)
 
 
 def test_a_part_alone_needs_no_other(model, tmp_path):

@@ -97,10 +97,11 @@ def draw_pathways(table: pd.DataFrame) -> Figure:
     """
     figure, axes = new_figure(1, 1, height=2.6)
     axis = axes[0, 0]
-    parts = [name for name in ("demonstrations", "question", "chain", "rest") if name in set(table["part"])]
+    found = set(table.loc[table["mean"] != 0, "part"])  # a part that no item has is no bar, and needs no place
+    parts = [name for name in ("demonstrations", "question", "chain", "rest") if name in found]
     subtasks = table[["subtask", "kind"]].drop_duplicates().sort_values("subtask")
     for place, part in enumerate(parts):
-        own = table[table["part"] == part].sort_values("subtask")
+        own = table[(table["part"] == part) & (table["mean"] != 0)].sort_values("subtask")
         at = subtasks["subtask"].tolist()
         draw_bars(axis, [at.index(x) for x in own["subtask"]], own, part, place, len(parts), control=part == "rest")
     axis.set_xticks(range(len(subtasks)), [f"{row['subtask']}\n{row['kind']}" for _, row in subtasks.iterrows()])
@@ -176,12 +177,13 @@ def draw_tree(record: Mapping[str, Any]) -> Figure:
     at = {position: i for i, position in enumerate(places)}
     figure, axes = new_figure(1, 1, height=3.6)
     axis = axes[0, 0]
-    shift = {name: 0.0 for name in nodes}
+    shift, row = {name: 0.0 for name in nodes}, {name: 0 for name in nodes}
     for name, node in nodes.items():
         if node["kind"] == "head":
             same = [n for n, other in nodes.items() if other["kind"] == "head"
                     and (other["position"], other["block"]) == (node["position"], node["block"])]  # fmt: skip
-            shift[name] = 0.28 * (same.index(name) - (len(same) - 1) / 2)
+            row[name] = same.index(name)
+            shift[name] = 0.28 * (row[name] - (len(same) - 1) / 2)
 
     def where(name: str) -> tuple[float, float]:
         node = nodes[name]
@@ -198,7 +200,8 @@ def draw_tree(record: Mapping[str, Any]) -> Figure:
         x, y = where(name)
         if node["kind"] == "head":
             axis.plot(x, y, "o", color=SERIES[1], markersize=5)
-            axis.annotate(f"{node['block']}.{node['head']}", (x, y), (0, 5), textcoords="offset points", ha="center")
+            label, above = f"{node['block']}.{node['head']}", (0, 5 + 8 * row[name])
+            axis.annotate(label, (x, y), above, textcoords="offset points", ha="center")
         else:
             axis.plot(x, y, "s", color=CONTROL, markersize=4)
     texts = {node["position"]: node["text"] for node in nodes.values() if node["kind"] == "token"}

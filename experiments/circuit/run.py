@@ -11,8 +11,6 @@ heads ranked by E, the best ones kept, all others silenced. *writers* and *flow*
 which part of the text. *mixing*: what pairs of residual streams tell of the relation of two words. *rift*: pretraining
 against context, layer by layer. One run is one model: for the adapter and the untouched model there are two.
 
-What knock-out ranks by is computed once per process: a run that was interrupted after its effects patches again.
-
 Source: Dutta et al. 2024, How to think step-by-step, arXiv 2402.18312.
 """
 
@@ -55,7 +53,16 @@ from experiments.circuit.traced import (
     tree,
     writers,
 )
-from experiments.circuit.trials import EFFECTS, HOPS, PREDICTIONS, effects, hops, predictions
+from experiments.circuit.trials import (
+    EFFECTS,
+    HOPS,
+    PREDICTIONS,
+    effect_rows,
+    effects,
+    hop_rows,
+    hops,
+    predictions,
+)
 from experiments.circuit.words import (
     flow_section,
     knockout_section,
@@ -144,10 +151,10 @@ def parts(plan: Plan) -> list[Part]:
         for group in groups:
             found.append(
                 Part(f"effects-{group[0] + 1}", effects, {"items": group, **where, **how}, schema=EFFECTS,
-                     table="effects")
+                     table="effects", shared=(effect_rows, (group, options.where, *how.values())))
             )  # fmt: skip
     if "knockout" in what:
-        found.append(Part("hops", hops, how, schema=HOPS))
+        found.append(Part("hops", hops, how, schema=HOPS, shared=(hop_rows, tuple(how.values()))))
         ranking = Ranking(groups, options.where, options.positions, plan.blocks, tokens)
         for name in ("held_out", "unseen"):
             arguments = {"ranking": ranking, "draws": options.draws, "which": name}

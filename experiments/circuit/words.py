@@ -134,7 +134,8 @@ def flow_section(tables: Tables, n_blocks: int) -> Section:
     lines = [f"What the {N_WRITERS} loudest writers write, by the part of the text that it comes from:", ""]
     groups: Any = sources.groupby(["subtask", "kind"], observed=True)
     for (subtask, kind), part in groups:
-        shares = ", ".join(f"{row['part']} {100 * row['mean']:.0f} %" for _, row in part.iterrows())
+        there = part[part["mean"] != 0]
+        shares = ", ".join(f"{row['part']} {100 * row['mean']:.0f} %" for _, row in there.iterrows())
         count = several[several["subtask"] == subtask].iloc[0]
         lines.append(f"- {subtask} ({kind}): {shares}; {count['mean']:.1f} sources at once, several in "
                      f"{100 * count['several']:.0f} % of {count['n_clusters']} items")  # fmt: skip

@@ -121,6 +121,8 @@ class Part:
             noticed in old run folders).
         table: trial table that it belongs to, which may have several parts; "": a table of its name.
         rows: how many rows it has; None: not known before.
+        shared: where its rows are what `bench.once(function, *arguments)` gives: this function and these arguments.
+            Parts that ask for it get them from the run folder when they were computed in an earlier sitting.
 
     Raises:
         ValueError: a function that cannot be found by its name, such as a lambda.
@@ -133,6 +135,7 @@ class Part:
     schema: pa.Schema | None = None
     table: str = ""
     rows: int | None = None
+    shared: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
     def __post_init__(self) -> None:
         found: Any = importlib.import_module(self.function.__module__)

@@ -223,6 +223,10 @@ def fill(
     names = [part.name for part in parts]
     assert len(set(names)) == len(names), "two parts of a study have the same name"
     missing = [part for part in parts if not folder.has_part(part.name, part.schema, part.rows)]
+    for part in parts if missing else ():
+        if part.shared is not None and part not in missing:
+            function, arguments = part.shared
+            bench.put(folder.read_parts([part.name]), function, *arguments)
     began = time.time()
     bar = bench.bar if len(missing) > 1 else no_bar
     with bar(len(missing), "part", "parts") as advance:
