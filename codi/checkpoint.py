@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from codi.adapter import ADAPTER_CONFIG, Adapter, read_adapter
+from codi.known import PUBLISHED_ALPHA, PUBLISHED_R
 from codi.layout import (
     WRAPPER,
     Layout,
@@ -50,7 +51,7 @@ from codi.layout import (
 from codi.lora import attach_lora
 from codi.model import CodiModel
 from codi.parts import Projection
-from codi.places import BASE_FOLDER, PUBLISHED_ALPHA, PUBLISHED_R, Place, locate
+from codi.places import BASE_FOLDER, Place, locate
 from codi.protocol import FAMILIES, PROTOCOL_TOKENS, Protocol, UserError, answer_only, original
 from codi.trained import TRAINED_FILE, completed, has_trained, with_tokens
 from lm.forward import feed

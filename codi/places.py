@@ -1,4 +1,4 @@
-"""Where a checkpoint and its base model are: folders, hub ids, published names; and what a folder says about itself.
+"""Where a checkpoint and its base model are, folder or hub id; and what a folder says about itself.
 
 Knows nothing about weights or tokenizers.
 """
@@ -8,65 +8,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from codi.known import KNOWN, KnownCheckpoint, known_checkpoint
 from codi.protocol import UserError
 from codi.trained import has_trained
 from lm.places import SMOLLM2, refuse_missing
 from lm.weights import read_object
 
-__all__ = [
-    "BASE_FOLDER",
-    "KNOWN",
-    "PUBLISHED_ALPHA",
-    "PUBLISHED_R",
-    "KnownCheckpoint",
-    "Place",
-    "base_folder",
-    "locate",
-]
+__all__ = ["BASE_FOLDER", "Place", "base_folder", "locate"]
 
-PUBLISHED_R, PUBLISHED_ALPHA = 128, 32
 CHECKPOINT, BASE = "checkpoint", "base model"
 CHECKPOINTS, BASE_FOLDER = "checkpoints", "base"
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model")
 BASE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
-@dataclass(frozen=True)
-class KnownCheckpoint:
-    """What a published checkpoint does not say about itself."""
-
-    protocol: str
-    base: str
-    lora_r: int = PUBLISHED_R
-    lora_alpha: float = PUBLISHED_ALPHA
-    mirrors: tuple[str, ...] = field(default=())
-
-
-KNOWN = {
-    "zen-E/CODI-llama3.2-1b-Instruct": KnownCheckpoint(
-        "original", "meta-llama/Llama-3.2-1B-Instruct", mirrors=("unsloth/Llama-3.2-1B-Instruct",)
-    ),
-    "zen-E/CODI-gpt2": KnownCheckpoint("original", "openai-community/gpt2", mirrors=("gpt2",)),
-    "bcywinski/codi_llama1b-answer_only": KnownCheckpoint(
-        "answer-only", "meta-llama/Llama-3.2-1B-Instruct", mirrors=("unsloth/Llama-3.2-1B-Instruct",)
-    ),
-}
-"""Published checkpoints by hub id; a folder with the same last name is taken for a copy of it."""
-
-
 # --- Where things are -------------------------------------------------------------------------------------------------
-
-
-def known_checkpoint(name: str) -> KnownCheckpoint | None:
-    last = Path(name).name
-    return next((known for hub_id, known in KNOWN.items() if name == hub_id or last == hub_id.split("/")[1]), None)
 
 
 def _is_hub_id(name: str, what: str) -> bool:

@@ -169,7 +169,7 @@ def _classes() -> dict[str, type[Options]]:
 
 
 JUDGES = {
-    *("sweep", "eval", "train", "lens detect", "alternation", "findings"),
+    *("sweep", "eval", "train", "lens detect", "alternation", "findings", "published"),
     *("necessity", "transfer", "anchors", "early-exit", "patch", "pca", "control sweep", "control transfer"),
 }  # fmt: skip
 """Commands that say which answers are right."""
