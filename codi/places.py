@@ -17,9 +17,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 
 from codi.known import KNOWN, KnownCheckpoint, known_checkpoint
 from codi.protocol import UserError
+from codi.trained import has_trained
+from lm.places import SMOLLM2, refuse_missing
 from lm.weights import read_object
 
-__all__ = ["BASE_FOLDER", "Place", "locate"]
+__all__ = ["BASE_FOLDER", "Place", "base_folder", "locate"]
 
 CHECKPOINT, BASE = "checkpoint", "base model"
 CHECKPOINTS, BASE_FOLDER = "checkpoints", "base"
@@ -112,6 +114,11 @@ class Place:
     base_folder: Path
 
 
+def base_folder(name: str) -> Path:
+    """Folder of a base model with its weights; that of a hub id is fetched if need be."""
+    return _find(name, BASE, CHECKPOINT_FILES)
+
+
 def locate(path: str | Path, base: str | Path | None) -> Place:
     where = str(path)
     known = known_checkpoint(where)
@@ -128,5 +135,9 @@ def locate(path: str | Path, base: str | Path | None) -> Place:
             base_name = folder / str(base_name)
         elif str(base_name) == BASE_FOLDER:
             raise UserError(f"{folder / BASE_FOLDER} is missing: {folder / 'codi.json'} names it as the base model")
-    base_folder = _find(base_name, BASE, BASE_FILES, known.mirrors if known else ())
-    return Place(where, folder, settings, known, str(base_name), base_folder)
+        elif Path(str(base_name)).name == SMOLLM2:
+            refuse_missing(str(folder / str(base_name)), folder / str(base_name))
+    # The weights of the base are wanted only where the checkpoint does not hold them.
+    files = CHECKPOINT_FILES if has_trained(folder) else BASE_FILES
+    found = _find(base_name, BASE, files, known.mirrors if known else ())
+    return Place(where, folder, settings, known, str(base_name), found)

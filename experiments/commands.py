@@ -133,6 +133,11 @@ COMMANDS: dict[str, Command] = {
         "experiments.latents.anchors:main",
         "thought anchors: resample a latent, suppress attention, see what changes",
     ),
+    "polynomial": Command(
+        "experiments.polynomial.options:PolynomialOptions",
+        "experiments.polynomial.run:main",
+        "polynomial iteration: where its states are read, which way its inputs go",
+    ),
     "early-exit": Command(
         "experiments.latents.options:EarlyExitOptions",
         "experiments.latents.early_exit:main",

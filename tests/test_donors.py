@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.latents.donors import another_wording, by_key, check_known, key_of, other_keys
-from experiments.latents.patch.template import check_form, has_form
-from experiments.tasks import Problem, load_task, templates
+from experiments.latents.donors import another_wording, by_key, check_known, key_of, other_keys, unlike
+from experiments.latents.options import TransferOptions
+from experiments.latents.patch.template import has_form
+from experiments.tasks import Problem, load_task, polynomial, templates
 from experiments.tasks.split import Split
 
 
@@ -44,5 +45,37 @@ def test_refusals_say_how_steps_are_given() -> None:
     check_known("anchors", Split((known,), (known,)))
     with pytest.raises(ValueError, match="anchors needs prompts with known steps, 'b' has none: give every"):
         check_known("anchors", Split((unknown,), (known,)))
-    with pytest.raises(ValueError, match=r"form \(X±Y\)·Z .* 'a' has the numbers 3, 4, 5 and the steps \?=7, "):
-        check_form(Split((), (known,)))
+    with pytest.raises(ValueError, match="patching needs prompts with 3 or more known steps, 'a' has 2: give every"):
+        check_known("patching", Split((known,), (known,)), 3)
+    check_known("patching", Split((known,), (known,)), 2)
+
+
+def test_unlike_in_everything() -> None:
+    first = own("a", "x?", 7, 2)
+    others = [own("b", "y?", 8, 3), own("c", "y?", 7, 3), own("d", "y?", 8, 2), own("e", "y?", 8, 9, 3)]
+    assert [unlike(first, other) for other in others] == [True, False, False, False]
+    problems = templates.generate(split="all")[::97]
+    for problem in problems:  # as these problems were compared before there were others
+        for other in problems:
+            (step1, *_), (other1, *_) = problem.intermediates, other.intermediates
+            differs = problem.answer != other.answer and step1 != other1 and problem.numbers[2] != other.numbers[2]
+            assert unlike(problem, other) == differs
+
+
+@pytest.mark.parametrize("task", ["polynomial", "polynomial:m=97,b=3"])
+def test_polynomials_get_donors_of_the_same_values(task: str) -> None:
+    """Without them hardly any prompt would have one: their states are the same by chance in 1 of 2,500 cases."""
+    options = TransferOptions(task=task, limit=20, derivation=60)
+    plain, given = options.load_split(0), options.load_split(0, donors=True)
+    assert given.evaluation == plain.evaluation and len(given.derivation) == 60
+    pools, kind = by_key(given.derivation), polynomial.parse(task)
+    assert kind is not None
+    found = 0
+    for problem in given.evaluation:
+        for row in pools.get(key_of(problem), []):
+            twin = given.derivation[row]
+            found += 1
+            assert another_wording(problem, twin) and twin.numbers[:2] != problem.numbers[:2]
+            assert twin.intermediates == problem.intermediates and "-derivation-twin-" in twin.prompt_id
+            assert polynomial.split_of(kind, twin.numbers[0], twin.numbers[1:]) == "derivation"
+    assert found >= 15 > sum(key_of(problem) in by_key(plain.derivation) for problem in plain.evaluation)

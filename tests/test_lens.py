@@ -18,10 +18,10 @@ from experiments.lens.options import TOP, TrainOptions
 from experiments.lens.rates import answers, rates
 from experiments.lens.reading import detect
 from experiments.lens.saved import load_lens
-from experiments.lens.spellings import number_spellings, ranks, word_spellings
 from experiments.lens.train import training_options, value_frequencies
 from experiments.statistics.clusters import Settings
 from experiments.study.claims import Claim
+from experiments.study.spellings import number_spellings, ranks, word_spellings
 from experiments.tasks import Problem
 from lenses import AblateDirections, LatentLens, LensTraining, causal_basis, mean_ablated
 from lenses.causal import energies

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,8 @@ from experiments.study.manifest import fingerprint
 from experiments.study.parts import Workbench
 from experiments.study.result import Result
 from experiments.study.run import study_identity
+from experiments.tasks.problem import Problem
+from experiments.tasks.split import Split
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = range(1, 7)
@@ -89,18 +92,49 @@ def test_nothing_carried_gives_nulls(tmp_path: Path) -> None:
     assert verdicts["C5 (same template, vector)"] == "undecided"
 
 
-def test_refuses_prompts_of_another_form(tmp_path: Path) -> None:
-    from experiments.tasks.problem import Problem
-    from experiments.tasks.split import Split
+def test_problems_of_another_form(tmp_path: Path) -> None:
+    """Any two steps and their sum: the answer is what the chain gives from the patched step on, and C5 says why not."""
+    one, other = planted_split(2).derivation, planted_split(2).evaluation
+    split = Split(tuple(map(chain, one)), tuple(map(chain, other)))
+    options = PatchOptions(out=tmp_path / "run", draws=1, resamples=200, permutations=200, task="planted")
+    result = run(options, planted_model("latents"), split)  # type: ignore[arg-type]
+    found = result.tables
+    for step, carrier in ((1, 2), (2, 4)):
+        for scope in ("same template", "other templates"):
+            for latent in range(1, 7):
+                row = row_of(found["values_propagated"], patched("target", step, scope, "vector", latent))
+                assert row["difference"] == pytest.approx(float(latent == carrier), abs=0.1), (row, latent)
+        share = {k: row_of(found[f"interchange_step{step}_propagated_hit"], moved("other", ("slot", -1), [k]))["mean"]
+                 for k in (2, 4)}  # fmt: skip
+        assert share[carrier] > 0.5 > share[6 - carrier]
+    assert "interchange_step1_local_hit" not in found and "operation" not in set(found["interchange_correct"]["kind"])
+    assert row_of(found["means"], replaced("same key", [2]), UNEDITED)["difference"] == 0
+    assert row_of(found["means"], replaced("other key", [2]), UNEDITED)["difference"] < -0.5
+    assert result.claims is not None and result.claims["C5"].verdict == "not testable"
+    assert "not all of the form (X±Y)·Z + (X±Y)" in result.text and "donor's step 2 carried through" in result.text
+    assert sorted(p.name for p in (result.path / "figures").glob("*.png")) == [
+        "interchange.png", "means.png", "values.png",
+    ]  # fmt: skip
 
-    other = Problem("p", "addition t0 a1 b1", 2, cluster="1")
-    with pytest.raises(ValueError, match="of the form"):
-        run(PatchOptions(out=tmp_path / "run"), planted_model(), Split((other,), (other,)))
+
+def chain(problem: Problem) -> Problem:
+    """The same prompt as if nothing but its two values and their sum were known of it."""
+    a, b, total = problem.intermediates
+    steps = (f"{a}+0={a}", f"{b}+0={b}", f"{a}+{b}={total}")
+    return replace(problem, steps=steps, numbers=(), operation="", uses=((0, 0), (0, 0), (1, 2)))
 
 
-def test_refuses_a_task_of_another_form_before_anything_is_loaded() -> None:
-    with pytest.raises(ValueError, match="of the form .* got the task 'arithmetic'"):
-        PatchOptions(task="arithmetic").check_inputs()
+def test_refuses_prompts_without_known_steps(tmp_path: Path) -> None:
+    for other in (Problem("p", "addition t0 a1 b1", 2), Problem("p", "?", 2, steps=("1+1=2",), intermediates=(2,))):
+        with pytest.raises(ValueError, match="patching needs prompts with 2 or more known steps, 'p' has"):
+            run(PatchOptions(out=tmp_path / "run"), planted_model(), Split((other,), (other,)))
+    with pytest.raises(ValueError, match="give --min-steps 2"):
+        options = PatchOptions(task="arithmetic", limit=30, derivation=30)
+        STUDY.prompts(options, planted_model())
+
+
+def test_families() -> None:
+    PatchOptions(task="arithmetic").check_inputs()
     with pytest.raises(ValueError, match="families must be among means, values, interchange, got noise"):
         PatchOptions(families=("means", "noise"))
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from experiments.statistics.clusters import bootstrap_interval, cluster_weights
-from experiments.statistics.exact import agreeing, clopper_pearson, never_zero_width, other_share, rare
+from experiments.statistics.exact import (
+    agreeing,
+    clopper_pearson,
+    never_zero_width,
+    other_share,
+    rare,
+    share_difference,
+)
 
 
 def test_clopper_pearson_by_hand_and_against_statsmodels() -> None:
@@ -124,3 +131,17 @@ def test_rare_intervals_cover_when_clusters_differ_by_parts() -> None:
     two, three = (np.r_[np.full(number, 1 / 3), np.zeros(66 - number)][None] for number in (2, 3))
     ends = [float(rare(row, np.ones((1, 66)), bounds=(0.0, 1.0))[1][0]) for row in (two, three)]
     assert ends[0] > 0.08 > ends[1]  # two say nothing about how far others lie, three do
+
+
+def test_differences_of_two_shares() -> None:
+    """Near Newcombe's interval with Wilson's bounds, never inside it by much; it turns round with its arguments."""
+    for first, second in (((50, 80), (20, 90)), ((3, 40), (9, 35)), ((70, 70), (0, 60))):
+        lower, upper = share_difference(first, second)
+        low, high = confint_proportions_2indep(*first, *second, method="newcomb", compare="diff")
+        assert lower == pytest.approx(low, abs=0.03) and upper == pytest.approx(high, abs=0.03)
+        assert share_difference(second, first) == pytest.approx((-upper, -lower))
+        assert lower < first[0] / first[1] - second[0] / second[1] <= upper <= 1
+    rng = np.random.default_rng(3)
+    one, two = rng.binomial(60, 0.7, 800), rng.binomial(40, 0.9, 800)
+    bounds = [share_difference((int(a), 60), (int(b), 40)) for a, b in zip(one, two, strict=True)]
+    assert np.mean([lower <= -0.2 <= upper for lower, upper in bounds]) >= 0.95

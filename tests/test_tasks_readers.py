@@ -265,7 +265,7 @@ def test_not_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["nope", "arithmetics", "a b", "missing.json", "./missing", "/no/such/place"])
 def test_unknown_task_lists_what_is_allowed(task: str) -> None:
-    with pytest.raises(ValueError, match="allowed: arithmetic, templates, .*openai/gsm8k") as caught:
+    with pytest.raises(ValueError, match="allowed: arithmetic, polynomial .*, templates, .*openai/gsm8k") as caught:
         load_task(task)
     assert task in str(caught.value) and "\n" not in str(caught.value)
 
@@ -317,7 +317,7 @@ def test_suffix_is_added_once_and_can_be_left_out(tmp_path: Path) -> None:
         load_task(path, suffix=True)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "templates"])
+@pytest.mark.parametrize("task", ["arithmetic", "polynomial", "polynomial:m=97,b=3", "templates"])
 def test_generated_tasks(task: str) -> None:
     problems = load_task(task, split="test", limit=40, seed=3, suffix=" Go.")
     assert len(problems) == 40 == len({problem.prompt_id for problem in problems})

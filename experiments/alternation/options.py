@@ -32,7 +32,7 @@ class AlternationOptions(IntervalOptions, AnswerOptions, RunOptions, PromptOptio
     out: Path = Path("runs/alternation")
     task: str = BOTH
     """Evaluation prompts: both (templates, and arithmetic problems of five steps if no other number is asked for), or
-    one task: templates, arithmetic, a file with known steps, a folder or a hub id."""
+    one task: templates, arithmetic, polynomial, a file with known steps, a folder or a hub id."""
     limit: int | None = 1120
     derivation: int = 560
     batch_size: int = 128
@@ -63,17 +63,17 @@ class AlternationOptions(IntervalOptions, AnswerOptions, RunOptions, PromptOptio
             return {"min_steps": STEPS, "max_steps": STEPS, "reach": self.reach}
         return super().bounds
 
-    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0, donors: bool = False) -> Split:
         """As `PromptOptions.load_split`, of every task."""
         from experiments.study.prompts import joined_split, two_splits
 
         if self.task != BOTH:
-            return joined_split({self.task: super().load_split(seed, question_suffix, known_steps)})
+            return joined_split({self.task: super().load_split(seed, question_suffix, known_steps, donors)})
         suffix = question_suffix if self.suffix else ""
         low, high, reach = self.bounds["min_steps"], self.bounds["max_steps"], self.bounds["reach"]
         ask = partial(
             two_splits, limit=self.limit, derivation=self.derivation, seed=seed, suffix=suffix,
-            derivation_task=self.derivation_task, reading=self.reading,
+            derivation_task=self.derivation_task, reading=self.reading, donors=donors,
         )  # fmt: skip
         arithmetic = ask("arithmetic", known_steps=known_steps, min_steps=low, max_steps=high, reach=reach)
         return joined_split({"templates": ask("templates", known_steps=known_steps), "arithmetic": arithmetic})

@@ -2,9 +2,9 @@
 
 Counterfactual importance. Latent k is resampled and the rest recomputed: its vector z_k ("vector": latent k and
 everything after it see the change) or its cache slot ("slot": only later readers see it) becomes that of a derivation
-prompt with another key (step 1, Z) ("unmatched"), with the same key ("matched", the control: nothing that the answer
-depends on has changed), or per-coordinate Gaussian noise ("noise", vectors only). Measured at the answer, against the
-unedited run:
+prompt with another key ("unmatched"; key: step 1 and Z of template problems, all values of others), with the same key
+("matched", the control: nothing that the answer depends on has changed), or per-coordinate Gaussian noise ("noise",
+vectors only). Measured at the answer, against the unedited run:
     KL    divergence of the answer's distribution, in nats, along the unedited answer (see `codi.divergence`)
     flip  whether the greedy answer is another one
 Importance = unmatched minus matched, paired.
@@ -350,7 +350,9 @@ def _receivers(table: pd.DataFrame, n: int) -> str:
 STUDY = Study(
     options=AnchorsOptions,
     title="Thought anchors on latents",
-    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=1),
+    prompts=lambda options, model: options.load_split(
+        options.seed, model.protocol.question_suffix, known_steps=1, donors=True
+    ),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

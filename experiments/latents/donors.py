@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from codi import CodiModel
 
 __all__ = ["Given", "Key", "Noise", "another_wording", "by_key", "check_known", "key_of", "latents_of",
-           "other_keys", "put_in"]  # fmt: skip
+           "other_keys", "put_in", "unlike"]  # fmt: skip
 
 Key = tuple[float, ...]
 """Step 1 and Z; of problems of another form all intermediate values."""
@@ -56,6 +56,13 @@ def other_keys(keys: Sequence[Key], problem: Problem) -> list[Key]:
     return [key for key in keys if key[-1] != own[-1] and all(a != b for a, b in zip(key, own, strict=False))]
 
 
+def unlike(problem: Problem, other: Problem) -> bool:
+    """Whether another problem of as many steps differs in its answer and in everything that the answer depends on."""
+    own, key = key_of(problem), key_of(other)
+    long = len(problem.intermediates) == len(other.intermediates) and len(own) == len(key)
+    return long and problem.answer != other.answer and all(a != b for a, b in zip(own, key, strict=True))
+
+
 def another_wording(problem: Problem, other: Problem) -> bool:
     """Whether they are worded differently: by their templates, or their questions where these are not known."""
     if problem.template or other.template:
@@ -63,15 +70,18 @@ def another_wording(problem: Problem, other: Problem) -> bool:
     return problem.question != other.question
 
 
-def check_known(study: str, prompts: Split) -> None:
+def check_known(study: str, prompts: Split, least: int = 1) -> None:
     """Refuse prompts without a key.
 
     Raises:
-        ValueError: a prompt with unknown steps.
+        ValueError: a prompt with fewer known steps than `least`.
     """
-    lacking = [p for p in (*prompts.evaluation, *prompts.derivation) if not p.intermediates]
+    lacking = [p for p in (*prompts.evaluation, *prompts.derivation) if len(p.intermediates) < least]
     if lacking:
-        raise ValueError(f"{study} needs prompts with known steps, {lacking[0].prompt_id!r} has none: {STEPS_HELP}")
+        needs, has = f"{least} or more known steps" if least > 1 else "known steps", len(lacking[0].intermediates)
+        raise ValueError(
+            f"{study} needs prompts with {needs}, {lacking[0].prompt_id!r} has {has or 'none'}: {STEPS_HELP}"
+        )
 
 
 @dataclass(frozen=True)

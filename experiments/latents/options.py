@@ -15,7 +15,7 @@ from experiments.study.options import (
     SplitOptions,
     StudyOptions,
 )
-from experiments.tasks import TASK_NAMES
+from experiments.tasks import is_endless
 
 __all__ = [
     "PROBED_SPACES",
@@ -117,6 +117,7 @@ class ProbesOptions(IntervalOptions, RunOptions, SplitOptions, ModelOptions):
 
     out: Path = Path("runs/probes")
     split: str = "all"
+    """Split of the task: all of templates; of arithmetic and polynomial, which have no such split, test is meant."""
     limit: int | None = 1344
     batch_size: int = 128
     spaces: tuple[ProbedSpace, ...] = PROBED_SPACES
@@ -134,6 +135,10 @@ class ProbesOptions(IntervalOptions, RunOptions, SplitOptions, ModelOptions):
         super().__post_init__()
         if not self.spaces:
             raise ValueError(f"spaces must name at least one of {', '.join(PROBED_SPACES)}")
+
+    @property
+    def chosen_split(self) -> str:
+        return "test" if self.split == "all" and is_endless(self.task) else self.split
 
 
 # --- Patching and components ------------------------------------------------------------------------------------------
@@ -160,14 +165,6 @@ class PatchOptions(DrawOptions, StudyOptions):
         unknown = sorted(set(self.families) - set(PATCH_FAMILIES))
         if unknown or not self.families:
             raise ValueError(f"families must be among {', '.join(PATCH_FAMILIES)}, got {' '.join(unknown) or 'none'}")
-
-    def check_inputs(self) -> None:
-        super().check_inputs()
-        if self.task in TASK_NAMES and self.task != "templates" and not self.legacy:
-            raise ValueError(
-                f"patching needs prompts of the form (X±Y)·Z + (X±Y), as in the task 'templates' or prompts.json, "
-                f"got the task {self.task!r}"
-            )
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def make_plan(options: ProbesOptions, model: CodiModel, prompts: Split) -> Plan:
         seed=options.seed,
         batch_size=options.batch_size,
         settings=options.statistics(options.seed),
-        asked=f"{options.task}, split {options.split}",
+        asked=f"{options.task}, split {options.chosen_split}",
     )
 
 

@@ -6,8 +6,8 @@ numbers is left. Then latents are put back, all n of them, as vectors (z_k is fe
 prompt) or as cache slots (keys and values as their donor wrote them, keys turned to the new position):
 
     own          the prompt's own latents, from its unablated run
-    same value   of a derivation prompt of another template with the same key (step 1, Z)
-    other value  of a derivation prompt of another template with another key: the control (the donor's answer is read)
+    same value   of a derivation prompt in other words with the same key (templates: step 1, Z; others: all values)
+    other value  of a derivation prompt in other words with another key: the control (the donor's answer is read)
     noise        Gaussian vectors with the mean and spread of each latent's coordinates
     nothing      latents are computed over the ablated prompt: the chance level
 
@@ -451,7 +451,9 @@ def figure_of(tables: Mapping[str, pd.DataFrame]) -> Any:
 STUDY = Study(
     options=TransferOptions,
     title="Latent transfer",
-    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix, known_steps=1),
+    prompts=lambda options, model: options.load_split(
+        options.seed, model.protocol.question_suffix, known_steps=1, donors=True
+    ),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

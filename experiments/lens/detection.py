@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 
 from experiments.lens.options import TOP
-from experiments.lens.spellings import NEVER
+from experiments.study.spellings import NEVER
 
 __all__ = ["READINGS", "STATES", "VALUES", "WORDS", "Detection"]
 

@@ -22,11 +22,11 @@ from codi import CodiModel
 from experiments.lens.options import TOP, DifferenceOptions
 from experiments.lens.prompts import batches, clusters_of, printed, sizes
 from experiments.lens.saved import load_lens, reading_identity
-from experiments.lens.spellings import number_tokens, token_text
 from experiments.study.claims import Claim, ClaimsTable
 from experiments.study.parts import Part, Workbench
 from experiments.study.result import Section
 from experiments.study.run import Findings, Study, Trials, run_study, to_stderr
+from experiments.study.spellings import number_tokens, token_text
 from experiments.tasks import Problem
 from experiments.tasks.split import Split
 from lenses.latent_lens import LatentLens, slug

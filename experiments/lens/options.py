@@ -24,7 +24,7 @@ from experiments.study.options import (
     SplitOptions,
     ThreadOptions,
 )
-from experiments.tasks import TASK_NAMES, check_split
+from experiments.tasks import check_split, generator_of
 
 __all__ = [
     "OPTIONS",
@@ -145,7 +145,7 @@ class TrainOptions(LensRunOptions, IntervalOptions, QuestionOptions, ModelOption
         super().__post_init__()
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.task in TASK_NAMES and self.split != "train":
+        if generator_of(self.task) and self.split != "train":
             raise ValueError(f"split is for a folder or data set, task {self.task!r} has its own: got {self.split!r}")
 
     def resolved(self) -> TrainOptions:
@@ -157,7 +157,7 @@ class TrainOptions(LensRunOptions, IntervalOptions, QuestionOptions, ModelOption
             self.resolved().check_inputs()
             return
         super().check_inputs()
-        if self.task not in TASK_NAMES:
+        if not generator_of(self.task):
             check_split(self.task, self.split)
         if self.text is not None and not self.text.is_file():
             raise ValueError(f"there is no text file {self.text}")

@@ -18,7 +18,8 @@ from codi.decode import decode_answers
 from experiments.lens.detection import Detection
 from experiments.lens.options import TOP, Rule
 from experiments.lens.prompts import batches, clusters_of
-from experiments.lens.spellings import (
+from experiments.lens.targets import Targets, donor_rates
+from experiments.study.spellings import (
     NEVER,
     number_spellings,
     number_tokens,
@@ -27,7 +28,6 @@ from experiments.lens.spellings import (
     with_absent,
     word_spellings,
 )
-from experiments.lens.targets import Targets, donor_rates
 from experiments.tasks import Problem
 from lenses.latent_lens import LatentLens, States, latent_states
 

@@ -21,10 +21,10 @@ from codi.decode import decode_answers
 from experiments.lens.options import ShowOptions
 from experiments.lens.prompts import printed
 from experiments.lens.saved import lens_hash, lens_identity, load_lens
-from experiments.lens.spellings import token_text
 from experiments.study.folder import open_run
 from experiments.study.result import Result, Section
 from experiments.study.run import Findings, to_stderr, write_result
+from experiments.study.spellings import token_text
 from lenses.latent_lens import LatentLens, latent_states
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.lens.options import TOP
-from experiments.lens.spellings import NEVER
+from experiments.study.spellings import NEVER
 from experiments.tasks import Problem
 
 __all__ = ["Targets", "donor_rates"]

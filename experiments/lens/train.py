@@ -27,7 +27,7 @@ from experiments.study.folder import RunFolder, open_run
 from experiments.study.progress import no_bar, progress
 from experiments.study.result import FILE, Result, Section
 from experiments.study.run import Findings, to_stderr, write_result
-from experiments.tasks import TASK_NAMES, Problem, load_task, split_by_cluster, with_suffix
+from experiments.tasks import Problem, generator_of, is_endless, load_task, split_by_cluster, with_suffix
 from lenses.latent_lens import lens_positions, save_lens, slug
 from lenses.training import LensTraining, TrainingOptions
 
@@ -51,10 +51,10 @@ DIGITS_AS_TEXT = {"lens": str}
 def training_split(options: TrainOptions, suffix: str) -> tuple[list[Problem], list[Problem], list[Problem]]:
     """Training, validation and test questions that share no cluster and no numbers."""
     counts = {"train": options.prompts, "derivation": options.validation, "test": options.test}
-    if options.task == "arithmetic":
+    if is_endless(options.task):
         parts = [load_task(options.task, split, n, options.seed, **options.bounds) for split, n in counts.items()]
     else:
-        if options.task in TASK_NAMES:
+        if generator_of(options.task):
             rest, test = (load_task(options.task, split, None, options.seed) for split in ("derivation", "test"))
         else:
             comma = options.decimal_comma

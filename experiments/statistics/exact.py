@@ -27,7 +27,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats as scipy_stats
 
-__all__ = ["FEW", "agreeing", "clopper_pearson", "never_zero_width", "other_share", "rare"]
+__all__ = ["FEW", "agreeing", "clopper_pearson", "never_zero_width", "other_share", "rare", "share_difference"]
 
 _SAME = 1e-12
 FEW = 10
@@ -64,6 +64,31 @@ def clopper_pearson(
     lower = scipy_stats.beta.ppf(tail, np.maximum(successes, 1), failures + 1)
     upper = scipy_stats.beta.ppf(1 - tail, successes + 1, np.maximum(failures, 1))
     return np.where(successes > 0, lower, 0.0), np.where(failures > 0, upper, 1.0)
+
+
+def share_difference(first: tuple[int, int], second: tuple[int, int], level: float = 0.95) -> tuple[float, float]:
+    """Interval of a difference of two shares of different prompts, such as two models' accuracies.
+
+    The Clopper-Pearson bounds of both, combined as squares (MOVER).
+
+    Args:
+        first, second: (successes, n), n at least 1; successes independent of each other.
+        level: coverage, a fraction.
+
+    Returns:
+        lower, upper of first − second, within -1..1.
+
+    Raises:
+        ValueError: as `clopper_pearson`.
+
+    Source: Newcombe 1998, Statistics in Medicine 17, 873 (there with Wilson's bounds).
+    """
+    (one, low_one, up_one), (two, low_two, up_two) = (
+        (right / n, *map(float, clopper_pearson(right, n, level))) for right, n in (first, second)
+    )
+    down = float(np.hypot(one - low_one, up_two - two))
+    up = float(np.hypot(up_one - one, two - low_two))
+    return max(one - two - down, -1.0), min(one - two + up, 1.0)
 
 
 def other_share(n_clusters: np.ndarray | int, differing: np.ndarray | int = 0, level: float = 0.95) -> np.ndarray:

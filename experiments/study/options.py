@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 import tyro
 
 from experiments.study.option_class import Options, changed, command_line, identity_of
-from experiments.tasks import TASK_NAMES, Reading
+from experiments.tasks import Reading, generator_of
 from lm.terms import AnswerRule, Attention, ControlText, Device, DrawNorm, Dtype, Mask, ProtocolName, Rope
 
 if TYPE_CHECKING:
@@ -163,11 +163,13 @@ class QuestionOptions(Options):
     LATER: ClassVar[frozenset[str]] = frozenset({"reach", "decimal_comma"})
 
     task: str = "templates"
-    """Task of the prompts: templates, arithmetic, a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
+    """Task of the prompts: templates, arithmetic, word-problems, polynomial (with other constants than m=50,b=7 such as
+    polynomial:m=97,b=3), a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
     min_steps: int | None = None
-    """Only problems of at least this many steps; None: no bound. Not used for templates."""
+    """Only problems of at least this many steps (polynomial: hops, 2 or more left alone); None: no bound. Not used for
+    templates."""
     max_steps: int | None = None
-    """Only problems of at most this many steps; None: no bound. Not used for templates."""
+    """Only problems of at most this many steps (polynomial: hops); None: no bound. Not used for templates."""
     reach: int | None = None
     """Only problems in which some value is at least this; None: no bound. Not used for templates."""
     suffix: bool = True
@@ -214,7 +216,7 @@ class QuestionOptions(Options):
 def _check_task(task: str) -> None:
     """Refuse a task that is no name, file, folder or hub id."""
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", task)
-    if task not in TASK_NAMES and not hub_id and not Path(task).expanduser().exists():
+    if not generator_of(task) and not hub_id and not Path(task).expanduser().exists():
         from experiments.tasks.readers import TASK_HELP
 
         raise ValueError(f"unknown task {task!r}: no such file or folder; {TASK_HELP}")
@@ -238,11 +240,16 @@ class SplitOptions(TaskOptions):
     """Split of the task: train, derivation or test of a generated task (templates also has all); that of a folder or
     hub data set (published: the one that the published evaluation reads). Not used for a single file."""
 
+    @property
+    def chosen_split(self) -> str:
+        """The split that is read; a command may have a default of its own for some tasks."""
+        return self.split
+
     def check_inputs(self) -> None:
         super().check_inputs()
         from experiments.tasks import check_split
 
-        check_split(self.task, self.split)
+        check_split(self.task, self.chosen_split)
 
     def load_problems(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
         """The prompts as the evaluation side of a split without a derivation side.
@@ -259,7 +266,7 @@ class SplitOptions(TaskOptions):
 
         suffix = question_suffix if self.suffix else ""
         return one_split(
-            self.task, self.split, self.limit, seed, suffix,
+            self.task, self.chosen_split, self.limit, seed, suffix,
             known_steps=known_steps, reading=self.reading, **self.bounds,
         )  # fmt: skip
 
@@ -283,13 +290,15 @@ class PromptOptions(TaskOptions):
         if self.derivation_task is not None:
             _check_task(self.derivation_task)
 
-    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0, donors: bool = False) -> Split:
         """Evaluation and derivation prompts.
 
         Args:
             seed: of generator, division and choice.
             question_suffix: text that the checkpoint expects after every question; not used with --no-suffix.
             known_steps: number of intermediate values that every prompt must have.
+            donors: the derivation prompts give latents to evaluation prompts of the same values (see
+                `experiments.tasks.split.load_split`).
 
         Raises:
             ValueError: as `experiments.tasks.split.load_split`, or prompts without the intermediate values that are
@@ -300,7 +309,7 @@ class PromptOptions(TaskOptions):
         suffix = question_suffix if self.suffix else ""
         return two_splits(
             self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps,
-            derivation_task=self.derivation_task, reading=self.reading, **self.bounds,
+            derivation_task=self.derivation_task, reading=self.reading, donors=donors, **self.bounds,
         )  # fmt: skip
 
 
@@ -313,7 +322,7 @@ class PublishedPromptOptions(PromptOptions):
 
     @property
     def asked(self) -> str:
-        return "templates (the published choice)" if self.legacy and self.task in TASK_NAMES else self.task
+        return "templates (the published choice)" if self.legacy and generator_of(self.task or "") else self.task
 
     def check_inputs(self) -> None:
         super().check_inputs()
@@ -325,23 +334,25 @@ class PublishedPromptOptions(PromptOptions):
         Raises:
             ValueError: it does.
         """
+        if self.legacy and generator_of(self.task or "") == "polynomial":
+            raise ValueError(f"legacy asks the published templates: leave --legacy or --task out, got {self.task!r}")
         if self.legacy and self.derivation_task is not None:
             raise ValueError(
                 "legacy takes means from the evaluated prompts: leave --derivation-task out, got "
                 f"{self.derivation_task!r}"
             )
 
-    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0) -> Split:
+    def load_split(self, seed: int, question_suffix: str = "", known_steps: int = 0, donors: bool = False) -> Split:
         """As `PromptOptions.load_split`; with `legacy`, means are taken from the evaluation prompts themselves, and for
         a generated task these are the published choice of templates."""
         from experiments.study.prompts import published_split, two_splits
 
         suffix = question_suffix if self.suffix else ""
-        if self.legacy and self.task in TASK_NAMES:
+        if self.legacy and generator_of(self.task or ""):
             return published_split(self.limit, seed, suffix, known_steps, self.reading)
         return two_splits(
             self.task, self.limit, self.derivation, seed, suffix, known_steps=known_steps, legacy=self.legacy,
-            derivation_task=self.derivation_task, reading=self.reading, **self.bounds,
+            derivation_task=self.derivation_task, reading=self.reading, donors=donors, **self.bounds,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from experiments.tasks import COMMON, STEPS_HELP, TASK_NAMES, Reading, load_task, with_suffix
+from experiments.tasks import COMMON, STEPS_HELP, Reading, generator_of, load_task, with_suffix
 from experiments.tasks.split import Split, load_split
 
 __all__ = ["LEGACY_TRIPLES", "Asked", "JoinedSplit", "joined_split", "one_split", "published_split", "two_splits"]
@@ -93,11 +93,12 @@ def two_splits(
     reach: int | None = None,
     derivation_task: str | None = None,
     reading: Reading = COMMON,
+    donors: bool = False,
 ) -> Split:
     """Evaluation and derivation prompts that share nothing (with `legacy`: that are the same).
 
     Args:
-        task, limit, derivation, seed, suffix, legacy, min_steps, max_steps, reach, derivation_task: see
+        task, limit, derivation, seed, suffix, legacy, min_steps, max_steps, reach, derivation_task, donors: see
             `experiments.tasks.split.load_split`.
         known_steps: number of intermediate values that every prompt must have.
         reading: as for `one_split`.
@@ -117,6 +118,7 @@ def two_splits(
         legacy=legacy,
         derivation_task=derivation_task,
         decimal_comma=reading.decimal_comma,
+        donors=donors,
     )
     return _known(split, known_steps, task, derivation_task).read_by(reading)
 
@@ -153,7 +155,7 @@ def _known(split: Split, steps: int, task: str, derivation_task: str | None = No
         short = [problem for problem in side if len(problem.intermediates) < steps]
         if short:
             advice = f"{STEPS_HELP}; or use the task 'templates'"
-            if any(problem.steps for problem in short) or source in TASK_NAMES:
+            if any(problem.steps for problem in short) or generator_of(source):
                 advice = f"give --min-steps {steps}, or use the task 'templates'"
             raise ValueError(
                 f"{source}: this study needs prompts with at least {steps} known intermediate "

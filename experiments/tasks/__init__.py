@@ -1,13 +1,14 @@
 """Problems to be answered: the `Problem` record, and `load_task`, which finds them by name, by file or by hub id.
 
-Generated tasks ("arithmetic", "templates") need no files; data sets are read by experiments/tasks/readers. Knows
-nothing about models: the sentence that a checkpoint expects after a question is passed in as `suffix`
-(`model.protocol.question_suffix`).
+Generated tasks ("arithmetic", "polynomial", "templates", "word-problems") need no files; data sets are read by
+experiments/tasks/readers. Knows nothing about models: the sentence that a checkpoint expects after a question is passed
+in as `suffix` (`model.protocol.question_suffix`).
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from experiments.tasks.answers import COMMON, Reading, extract_answer, is_correct
@@ -20,19 +21,28 @@ __all__ = [
     "STEPS_HELP",
     "TASK_NAMES",
     "check_split",
+    "endless",
     "extract_answer",
+    "generator_of",
     "is_correct",
+    "is_endless",
     "load_task",
+    "most_steps",
     "split_by_cluster",
     "with_suffix",
 ]
 
-TASK_NAMES = ("arithmetic", "templates")
-"""The generated tasks; everything else is a path or a hub id."""
-GENERATED_SPLITS = {"arithmetic": ("train", "derivation", "test"), "templates": ("test", "derivation", "all")}
+TASK_NAMES = ("arithmetic", "polynomial", "templates", "word-problems")
+"""The generated tasks (polynomial also with constants, "polynomial:m=97,b=3"); all else is a path or a hub id."""
+GENERATED_SPLITS = {
+    "arithmetic": ("train", "derivation", "test"),
+    "polynomial": ("train", "derivation", "test"),
+    "templates": ("test", "derivation", "all"),
+    "word-problems": ("train", "derivation", "test"),
+}
 """Splits that the generators make."""
-ARITHMETIC_COUNT = 1000
-"""Problems of task "arithmetic", which is endless, when no limit is given."""
+ENDLESS_COUNT = 1000
+"""Problems of an endless task when no limit is given."""
 
 STEPS_HELP = (
     'give every record a field \'steps\' with its equations in order, such as ["7+5=12", "12*3=36"], or one text '
@@ -55,17 +65,18 @@ def load_task(
     """Problems of a task.
 
     Args:
-        task: "arithmetic" or "templates" (generated), or a path to a file or folder, or a hub id such as
-            "openai/gsm8k". A hub id may carry a configuration after a colon: "openai/gsm8k:main".
+        task: "arithmetic", "polynomial" (or with other constants "polynomial:m=97,b=3"), "templates" or "word-problems"
+            (generated), or a path to a file or folder, or a hub id such as "openai/gsm8k". A hub id may carry a
+            configuration after a colon: "openai/gsm8k:main".
         split: split of the generator ("train", "derivation", "test"; see there) or of the data set; "published" is the
             one that the published CODI evaluation of a hub data set reads. A single local file has no splits and is
             read whole (`split_by_cluster` makes two parts of it); a split that no command asks for is refused.
-        limit: number of problems; None: all (1,000 of "arithmetic"). Of a data set a random choice is taken (seeded, in
-            file order), because the first records of some files share one template.
+        limit: number of problems; None: all (1,000 of an endless task). Of a data set a random choice is taken (seeded,
+            in file order), because the first records of some files share one template.
         seed: of the generator, or of that choice.
         suffix: text the checkpoint expects after every question (`model.protocol.question_suffix`); not added twice.
-        min_steps, max_steps: keep problems of that many steps only; None: no bound. Problems whose steps are unknown
-            are dropped if a bound is given.
+        min_steps, max_steps: keep problems of that many steps (hops) only; None: no bound, but "polynomial" then has 2
+            hops or more. Problems whose steps are unknown are dropped if a bound is given.
         reach: keep problems in which some value (an intermediate result or the answer) is at least this; None: all.
         decimal_comma: read "3,5" in the fields of a file or data set as 3.5, and "1.234" as 1234.
 
@@ -79,7 +90,7 @@ def load_task(
         raise ValueError(f"min_steps must not exceed max_steps, got {min_steps} and {max_steps}")
     if not isinstance(suffix, str):
         raise ValueError(f"suffix must be the text itself, such as model.protocol.question_suffix, got {suffix!r}")
-    if task in TASK_NAMES:
+    if generator_of(task):
         problems = _generate(task, split, limit, seed, min_steps, max_steps, reach)
     else:
         from experiments.tasks.readers import read_problems
@@ -101,6 +112,57 @@ def load_task(
     return with_suffix(problems, suffix)
 
 
+def generator_of(task: str) -> str:
+    """Which of TASK_NAMES makes the problems of a task; "" for a file, folder or hub id.
+
+    Raises:
+        ValueError: constants of "polynomial" that cannot be.
+    """
+    from experiments.tasks import polynomial
+
+    if polynomial.parse(task) is not None:
+        return polynomial.NAME
+    return task if task in TASK_NAMES else ""
+
+
+def is_endless(task: str) -> bool:
+    """Whether a task is generated without an end, so that training never sees a problem of its test split.
+
+    Raises:
+        ValueError: see `generator_of`.
+    """
+    return generator_of(task) in ("arithmetic", "polynomial", "word-problems")
+
+
+def most_steps(task: str) -> int:
+    """Steps (hops) of the longest problems of an endless task."""
+    from experiments.tasks import arithmetic, polynomial, word_problems
+
+    if task == word_problems.NAME:
+        return word_problems.MAX_STEPS
+    return arithmetic.MAX_STEPS if task == "arithmetic" else polynomial.MAX_HOPS
+
+
+def endless(task: str, seed: int | str, split: str, weights: Sequence[float]) -> Iterator[Problem]:
+    """Stream of problems of an endless task.
+
+    Args:
+        task: for which `is_endless` holds.
+        seed: the same seed gives the same problems.
+        split: "train", "derivation" or "test".
+        weights: relative frequency of problems of 1, 2, 3, 4 and 5 steps (hops); those that the task does not have are
+            left out.
+    """
+    from experiments.tasks import arithmetic, polynomial, word_problems
+
+    if task == word_problems.NAME:
+        return word_problems.stream(seed, split, weights=weights[: word_problems.MAX_STEPS])
+    kind = polynomial.parse(task)
+    if kind is None:
+        return arithmetic.stream(seed, split, weights=weights)
+    return polynomial.stream(seed, split, 1, weights=weights, kind=kind)
+
+
 def check_split(task: str, split: str) -> None:
     """Refuse a split that can be seen not to be there, before anything is read.
 
@@ -111,9 +173,9 @@ def check_split(task: str, split: str) -> None:
     Raises:
         ValueError: the task has no such split.
     """
-    if task in GENERATED_SPLITS:
-        if split not in GENERATED_SPLITS[task]:
-            allowed = ", ".join(GENERATED_SPLITS[task])
+    if name := generator_of(task):
+        if split not in GENERATED_SPLITS[name]:
+            allowed = ", ".join(GENERATED_SPLITS[name])
             raise ValueError(f"split must be one of {allowed} for the task {task!r}, got {split!r}")
         return
     from experiments.tasks.readers import check_file_split
@@ -182,14 +244,20 @@ def _generate(
     max_steps: int | None,
     reach: int | None,
 ) -> list[Problem]:
-    if task == "arithmetic":
-        from experiments.tasks import arithmetic
+    from experiments.tasks import arithmetic, polynomial, templates, word_problems
 
+    count = ENDLESS_COUNT if limit is None else limit
+    if task == "arithmetic":
         low = 1 if min_steps is None else min_steps
         high = arithmetic.MAX_STEPS if max_steps is None else max_steps
-        count = ARITHMETIC_COUNT if limit is None else limit
         return arithmetic.generate(count, seed, split, low, high, 1 if reach is None else reach)
-    from experiments.tasks import templates
+    if task == word_problems.NAME:
+        most = word_problems.MAX_STEPS if max_steps is None else max_steps
+        return word_problems.generate(count, seed, split, min_steps or 1, most, reach or 1)
+    if (kind := polynomial.parse(task)) is not None:
+        high = polynomial.HOPS[1] if max_steps is None else max_steps
+        low = min(polynomial.HOPS[0], high) if min_steps is None else min_steps
+        return polynomial.generate(count, seed, split, low, high, reach or 0, kind)
 
     if min_steps is not None or max_steps is not None or reach is not None:
         raise ValueError("the problems of task 'templates' are one set: leave min_steps, max_steps and reach out")

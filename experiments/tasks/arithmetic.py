@@ -98,14 +98,18 @@ def split_of(operations: Sequence[str], numbers: Sequence[int]) -> str:
     return next(name for name, tenths in SPLITS.items() if tenth in tenths)
 
 
-def _draw(rng: random.Random, n_steps: int) -> tuple[list[str], list[int], list[str], list[int]]:
-    """Operations, numbers, equations and values of one story with exactly `n_steps` equations (may fail: empty
-    lists)."""
+_Drawn = tuple[list[str], list[int], list[str], list[int], list[tuple[int, int]]]
+
+
+def _draw(rng: random.Random, n_steps: int) -> _Drawn:
+    """Operations, numbers, equations, values and what the equations use, of one story with exactly `n_steps` equations
+    (may fail: empty lists)."""
     value = rng.randint(2, 20)
     operations: list[str] = []
     numbers = [value]
     steps: list[str] = []
     values: list[int] = []
+    uses: list[tuple[int, int]] = []
     while len(steps) < n_steps:
         left = n_steps - len(steps)
         allowed = ["add"] * 3
@@ -119,7 +123,7 @@ def _draw(rng: random.Random, n_steps: int) -> tuple[list[str], list[int], list[
         if operation == "add":
             operand = rng.randint(1, min(15, MAX_VALUE - value)) if value < MAX_VALUE else 0
             if operand == 0:
-                return [], [], [], []
+                return [], [], [], [], []
             results = [(f"{value}+{operand}", value + operand)]
         elif operation == "subtract":
             operand = rng.randint(1, min(15, value - 1))
@@ -132,10 +136,12 @@ def _draw(rng: random.Random, n_steps: int) -> tuple[list[str], list[int], list[
             results = [(f"{value}*{operand}", value * operand), (f"{value}+{value * operand}", value * (operand + 1))]
         operations.append(operation)
         numbers.append(operand)
+        at = len(steps)  # the step whose result the story is at; 0: its beginning
+        uses += [(at, 0), (at, at + 1)][: len(results)]
         for expression, value in results:
             steps.append(f"{expression}={value}")
             values.append(value)
-    return operations, numbers, steps, values
+    return operations, numbers, steps, values, uses
 
 
 def _tell(rng: random.Random, operations: Sequence[str], numbers: Sequence[int]) -> tuple[str, str]:
@@ -194,7 +200,7 @@ def stream(
         if tries > _PATIENCE:
             raise ValueError(f"no problem of {min_steps}..{max_steps} steps was found that reaches {reach}")
         n_steps = rng.choices(lengths, weights)[0] if weights is not None else rng.choice(lengths)
-        operations, numbers, steps, values = _draw(rng, n_steps)
+        operations, numbers, steps, values, uses = _draw(rng, n_steps)
         if not operations or max(values) < reach or split_of(operations, numbers) != split:
             continue
         tries = 0
@@ -209,6 +215,7 @@ def stream(
             operation="+".join(operations),
             numbers=tuple(numbers),
             intermediates=tuple(values),
+            uses=tuple(uses),
         )
         index += 1
 

@@ -1,7 +1,8 @@
 """Scoring of a written chain of thought: steps that are right, length, repetition.
 
 An arithmetic step is an equation of written parts ("48/2 = 24", "3 × 4 + 2 = 14", "<<5*6=30>>", "20% of 50 = 10") of
-which one has an operation; it is valid if both sides are exactly equal (rational arithmetic: "1/3 = 0.33" is not). In
+which one has an operation; it is valid if both sides are exactly equal (rational arithmetic: "1/3 = 0.33" is not). A %
+between two figures or brackets is the remainder ("(3*4+7)%50=19", "8 % 5 = 3"), any other per cent. In
 "5 + 3 = 8 * 2 = 16" there are two equations, of which the first is wrong. Words between figures end an equation, unless
 they are named as units ("3 apples + 4 apples = 7 apples"); letters other than an x between two figures make algebra,
 which is not read.
@@ -28,16 +29,17 @@ from experiments.tasks.ontology import Sentence
 from experiments.tasks.prontoqa import parse_sentences, split_sentences
 
 __all__ = [
-    "ChainScore", "Equation", "OntologyStep", "compression_ratio", "equations", "ontology_steps", "repetition",
-    "score_arithmetic", "score_ontology", "value_of", "words_in",
+    "FIGURE", "ChainScore", "Equation", "OntologyStep", "compression_ratio", "equations", "ontology_steps",
+    "repetition", "score_arithmetic", "score_ontology", "value_of", "words_in",
 ]  # fmt: skip
 
 _SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "\u00a0": " "})
-_FIGURE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_OPERATION = r"(?:\*\*?|[-+/^]|x(?=\s*[$€£(]?\d))"
-_PART = rf"(?:[-+(]\s*)*[$€£]?(?:{_FIGURE})%?\)*(?:\s*{_OPERATION}\s*(?:[-+(]\s*)*[$€£]?(?:{_FIGURE})%?\)*)*"
+FIGURE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_REMAINDER = r"(?:%(?=[\d(])|(?<=\s)%(?=\s[\d(]))"
+_OPERATION = rf"(?:\*\*?|[-+/^]|x(?=\s*[$€£(]?\d)|{_REMAINDER})"
+_PART = rf"(?:[-+(]\s*)*[$€£]?(?:{FIGURE})%?\)*(?:\s*{_OPERATION}\s*(?:[-+(]\s*)*[$€£]?(?:{FIGURE})%?\)*)*"
 _EQUATION = re.compile(rf"(?<![\w.)])(?P<parts>{_PART}(?:\s*=\s*{_PART})+)")
-_TOKEN = re.compile(rf"\s*({_FIGURE}|[-+*/()^%])")
+_TOKEN = re.compile(rf"\s*({FIGURE}|[-+*/()^%]|mod)")
 _LARGEST_POWER = 64
 NGRAM = 4
 """Words of the n-grams whose repetition is measured by default."""
@@ -110,7 +112,7 @@ def score_arithmetic(text: str, answer_at: int | None = None, units: Sequence[st
     """
     found = equations(text, units)
     if answer_at is None:
-        figures = list(re.finditer(_FIGURE, text))
+        figures = list(re.finditer(FIGURE, text))
         answer_at = figures[-1].start() if figures else None
     elif not 0 <= answer_at <= len(text):
         raise ValueError(f"the answer must begin within the {len(text)} characters of the text, got {answer_at}")
@@ -159,7 +161,9 @@ def equations(text: str, units: Sequence[str] = ()) -> list[Equation]:
             parts.append((part, at, at + len(part)))
             at += len(part) + 1
         for (left, start, _), (right, _, end) in zip(parts, parts[1:], strict=False):
-            if not re.search(r"[\d)%]\s*(?:\*|[-+/^x])", left + " " + right):
+            if not re.search(r"[\d)%]\s*(?:\*|[-+/^x])", left + " " + right) and not any(
+                re.search(rf"[\d)]\s*{_REMAINDER}", side) for side in (left, right)
+            ):
                 continue  # "x = 5 = 5" and "12 = 12" say nothing
             if any(side.count("(") != side.count(")") for side in (left, right)):
                 continue  # the beginning of a side was no figure, as in "f(2) = 3"
@@ -171,7 +175,8 @@ def equations(text: str, units: Sequence[str] = ()) -> list[Equation]:
 
 
 def value_of(expression: str) -> Fraction | None:
-    """Exact value of an expression of figures, + - * / ^ **, x as a sign of multiplication, per cent and brackets.
+    """Exact value of an expression of figures, + - * / ^ **, x as a sign of multiplication, per cent, remainders (0 or
+    more for a positive modulus) and brackets.
 
     Returns:
         The value; None where the expression cannot be read, divides by zero or has an exponent that is not a whole
@@ -180,6 +185,7 @@ def value_of(expression: str) -> Fraction | None:
     plain = expression.translate(_SIGNS).replace("**", "^").replace("x", "*")
     plain = re.sub(r"[$€£]", "", plain)
     plain = re.sub(r"(?<=\d),(?=\d{3})", "", plain)
+    plain = re.sub(rf"(?<=[\d)]){_REMAINDER}|(?<=[\d)])\s+{_REMAINDER}", "mod", plain)
     tokens, at = [], 0
     while at < len(plain.rstrip()):
         match = _TOKEN.match(plain, at)
@@ -217,8 +223,10 @@ class _Reader:
 
     def product(self) -> Fraction:
         value = self.power()
-        while self.peek() in ("*", "/"):
-            value = value * self.power() if self.take() == "*" else value / self.power()
+        while (sign := self.peek()) in ("*", "/", "mod"):
+            self.take()
+            other = self.power()
+            value = value * other if sign == "*" else value / other if sign == "/" else value % other
         return value
 
     def power(self) -> Fraction:

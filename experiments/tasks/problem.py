@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 
 from experiments.tasks.answers import COMMON, Reading
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "Uses"]
+
+Uses = tuple[tuple[int, ...], ...]
+"""For each step, for each figure of its left side, the number of the step whose result it is (0: none)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Problem:
         operation: "addition", "subtraction", "add+bring", …; empty if unknown.
         numbers: the numbers in the question, in order; empty if unknown.
         intermediates: value of each step in order; empty if unknown.
+        uses: which figures of the steps are results of earlier steps; empty if that is not known for certain.
         reading: how an answer to it is read from a text.
     """
 
@@ -39,6 +43,7 @@ class Problem:
     operation: str = ""
     numbers: tuple[int, ...] = ()
     intermediates: tuple[int | float, ...] = ()
+    uses: Uses = field(default=(), repr=False)
     reading: Reading = field(default=COMMON, compare=False, repr=False)
 
     @property

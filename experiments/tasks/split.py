@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from experiments.tasks import COMMON, TASK_NAMES, Problem, Reading, load_task, split_by_cluster
+from experiments.tasks import (
+    COMMON,
+    Problem,
+    Reading,
+    generator_of,
+    is_endless,
+    load_task,
+    polynomial,
+    split_by_cluster,
+    with_suffix,
+)
 
 __all__ = ["Split", "check_disjoint", "digest", "load_split"]
 
@@ -103,6 +113,7 @@ def load_split(
     legacy: bool = False,
     derivation_task: str | None = None,
     decimal_comma: bool = False,
+    donors: bool = False,
 ) -> Split:
     """Load a task and split it, or take the derivation prompts from another task.
 
@@ -121,6 +132,8 @@ def load_split(
             one its derivation split, of a data set with splits "train", of a file all of it; prompts that share
             question, cluster or numbers with an evaluated one are left out. None, or the name of `task`: `task` itself.
         decimal_comma: see `load_task`.
+        donors: of the task "polynomial", whose prompts hardly ever have all values in common: up to half of the
+            derivation prompts are made to have those of an evaluation prompt, from other numbers.
 
     Raises:
         ValueError: no such task, no prompts, prompts without answers, too few of them to split.
@@ -142,10 +155,14 @@ def load_split(
     if derivation_task is not None and other:
         evaluation = load("test", limit)
         candidates = _from_another(derivation_task, evaluation, derivation, seed, suffix, decimal_comma)
-    elif task in TASK_NAMES:
+    elif generator_of(task):
         evaluation = load("test", limit)
         taken = {trait for problem in evaluation for trait in _traits(problem)}
-        candidates = [problem for problem in load("derivation", derivation) if not taken & _traits(problem)]
+        found = load("derivation", derivation)
+        if donors and (kind := polynomial.parse(task)) is not None:
+            made = with_suffix(polynomial.twins(evaluation[: derivation // 2], kind, "derivation", seed), suffix)
+            found = list({problem.question: problem for problem in (*made, *found)}.values())[:derivation]
+        candidates = [problem for problem in found if not taken & _traits(problem)]
     else:
         problems = load("test", None)
         fraction = min(0.5, derivation / len(problems))
@@ -171,11 +188,11 @@ def _from_another(
     task: str, evaluation: Sequence[Problem], number: int, seed: int, suffix: str, decimal_comma: bool
 ) -> list[Problem]:
     """At most `number` prompts of a task that share nothing with the evaluated ones (a seeded choice)."""
-    split = "derivation" if task in TASK_NAMES else "train"
+    split = "derivation" if generator_of(task) else "train"
     taken = {trait for problem in evaluation for trait in _traits(problem)}
     ids = {problem.prompt_id for problem in evaluation}
-    # Of the endless task more than asked for, because some of its prompts may share numbers with evaluated ones.
-    limit = 2 * number if task == "arithmetic" else None
+    # Of an endless task more than asked for, because some of its prompts may share numbers with evaluated ones.
+    limit = 2 * number if is_endless(task) else None
     found = [
         replace(problem, prompt_id=f"derivation-{problem.prompt_id}") if problem.prompt_id in ids else problem
         for problem in load_task(task, split, limit, seed, suffix, decimal_comma=decimal_comma)

@@ -143,6 +143,7 @@ def generate(n: int | None = None, seed: int = 0, split: str = "test") -> list[P
                         operation=operation,
                         numbers=(x, y, z),
                         intermediates=(step1, step2, step1 + step2),
+                        uses=((0, 0), (1, 0), (1, 2)),
                     )
                 )
     if n is None:

@@ -20,7 +20,7 @@ from codi.parts import Projection
 from codi.places import locate
 from codi.protocol import answer_only, original
 from codi.tokenizer import CODI_SPECIAL_TOKENS, build_tokenizer
-from experiments.tasks import arithmetic, templates
+from experiments.tasks import arithmetic, generator_of, is_endless, polynomial, templates
 from experiments.train.options import Resolved
 from lm.tokenizer import read_tokenizer
 
@@ -39,8 +39,11 @@ def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
         vocabulary = max(int(base.get_input_embeddings().weight.shape[0]), len(tokenizer))
         base.resize_token_embeddings(vocabulary + len(CODI_SPECIAL_TOKENS), mean_resizing=False)
     else:
-        chains = [">><<a", "a>>", "<<a"] * 500
+        pieces: tuple[str, ...] = (">><<a", "a>>", "<<a")
         sentences = arithmetic.corpus_sentences() + templates.corpus_sentences()
+        if generator_of(config.data) == polynomial.NAME:
+            sentences, pieces = polynomial.corpus_sentences(), polynomial.CHAIN_PIECES
+        chains = [*pieces] * 500
         tokenizer = build_tokenizer([s for line in sentences for s in (line, line[1:])] + chains)
         vocabulary = len(tokenizer)
         base = LlamaForCausalLM(
@@ -64,7 +67,7 @@ def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
         tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": [bot, eot]})
         ids = tokenizer.convert_tokens_to_ids([pad, bot, eot])
         protocol = answer_only(ids[0], ids[1], ids[2], tokenizer.eos_token_id)
-        if not config.init:
+        if not config.init or is_endless(config.data):  # questions of our own end as they are
             protocol = replace(protocol, question_suffix="")
     else:
         protocol = original(vocabulary, tokenizer.eos_token_id, with_eos=config.protocol == "original-eos")
@@ -92,7 +95,7 @@ def base_reference(config: Resolved) -> str | None:
     if config.teacher:
         place = locate(config.teacher, None)
         return None if place.base_folder.is_relative_to(place.folder) else place.base_name
-    if config.init and not config.teacher_steps:
+    if config.init and (config.teacher_lora or not config.teacher_steps):
         return str(Path(config.init).resolve()) if Path(config.init).is_dir() else config.init
     return None
 

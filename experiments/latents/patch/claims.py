@@ -71,6 +71,10 @@ def _third_and_fifth(plan: Plan, means: pd.DataFrame, trials: pd.DataFrame, prom
 
 def _moved_as_predicted(plan: Plan, trials: pd.DataFrame, prompts: pd.Index) -> list[Question]:
     k = min(5, plan.n_latents)
+    if not plan.form:
+        note = "it is about problems (X±Y)·Z + (X±Y), which these prompts are not all"
+        statement = f"step-2 patching at latent {k} moves the answer as predicted, far above random"
+        return [Question("C5", statement, "", np.empty(0), above=FAR, blocked=note)]
     second = trials[(trials["step"] == 2) & (trials["latent"] == k)]
     questions = []
     for scope in SCOPES:

@@ -14,8 +14,8 @@ from experiments.figures.style import DIVERGING, legend, new_figure
 from experiments.latents.patch.interchange import levels_of, moved
 from experiments.latents.patch.means import KINDS, UNEDITED, replaced
 from experiments.latents.patch.plan import Plan
-from experiments.latents.patch.summary import PREDICTIONS, intervals, level_name
-from experiments.latents.patch.values import SCOPES, STATES, patched
+from experiments.latents.patch.summary import intervals, level_name, predictions_of
+from experiments.latents.patch.values import STATES, patched
 from experiments.statistics.effects import row_of, rows_of
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ def _means_figure(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 def _values_figure(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Figure:
     latents = plan.value_latents
-    figure, axes = new_figure(1, len(PREDICTIONS), height=2.8, sharey=True)
-    for axis, (step, outcome, label) in zip(axes[0], PREDICTIONS, strict=True):
+    shown = predictions_of(plan, tables)
+    figure, axes = new_figure(1, len(shown), height=2.8, sharey=True)
+    for axis, (step, outcome, label) in zip(axes[0], shown, strict=True):
         baseline(axis)
-        series = [(scope, state) for scope in SCOPES for state in STATES]
+        series = [(scope, state) for scope in plan.scopes for state in STATES]
         for place, (scope, state) in enumerate(series):
             rows = rows_of(tables[f"values_{outcome}"], [patched("target", step, scope, state, k) for k in latents])
             draw_series(axis, latents, rows, f"{scope}, {state}", place, name="difference")

@@ -3,14 +3,15 @@
 The donor is another prompt ("other"), the same story with the other operation ("operation"), or a derivation prompt
 with the same key ("twin", the control: nothing that the answer depends on changes). What is moved: the vector, the
 residual stream at one layer, or the cache slot (keys, values, both; in all layers or in one). Later latents are
-computed on the edited past. Read are the donor's answer, a third prompt's (the level of chance) and the mixed
-predictions (template.py).
+computed on the edited past. Read are the donor's answer, a third prompt's (the level of chance) and mixed predictions
+(template.py): the answer if one step were the donor's.
 
 Knows nothing about files, tables or claims.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from codi import CodiModel, Intervention
 from codi.rope import rotate, unrotate
-from experiments.latents.patch.template import Key, factor_of, key_of, operation_donors, predictions
+from experiments.latents.donors import Key, key_of, unlike
+from experiments.latents.patch.template import operation_donors, predictions
 from experiments.statistics.effects import Selector
 from experiments.study.answers import answer_table, set_of, trial_schema
 from experiments.study.parts import Workbench
@@ -34,25 +36,43 @@ from experiments.tasks import Problem
 from steering.directions import generator
 from steering.replacements import Place, ReplaceRows
 
-__all__ = ["BY", "DONORS", "INTERCHANGE", "MIXED", "UNEDITED", "Level", "interchange", "levels_of", "moved"]
+__all__ = ["BY", "DONORS", "UNEDITED", "Level", "interchange", "interchange_schema", "levels_of", "mixed_of", "moved"]
 
 DONORS = ("other", "operation", "twin")
 WHOLE = ("vector", "slot", "keys", "values")
 """Levels at which all latents can be moved together; slot, keys and values in all layers."""
-MIXED = ("step1_local", "step1_propagated", "step2_local")
-"""Predictions that are neither prompt's own answer."""
 _LEVELS = ("", *WHOLE, "residual")
 
-INTERCHANGE = trial_schema(
-    kind=pa.string(), level=pa.string(), layer=pa.int16(), replaced=pa.int32(), donor_answer=pa.float64(),
-    chance_answer=pa.float64(), step1_local=pa.float64(), step1_propagated=pa.float64(), step2_local=pa.float64(),
-    donor=pa.bool_(), chance=pa.bool_(), step1_local_hit=pa.bool_(), step1_propagated_hit=pa.bool_(),
-    step2_local_hit=pa.bool_(),
-)  # fmt: skip
-"""kind: one of DONORS, or "none" for the unedited run; level: "vector", "slot", "keys", "values" or "residual"; layer:
-of a residual stream or of a slot, -1: all layers; replaced: the set of latents; chance_answer: of a third prompt, NaN
-if there is none; donor, chance: whether the answer is that one; step…_hit: whether it is that prediction and neither
-prompt's own answer."""
+Mixed = tuple[int, str]
+"""A prediction that is neither prompt's own answer: which step is the donor's, and "local" or "propagated"."""
+
+
+def mixed_of(steps: Sequence[int], form: bool) -> tuple[Mixed, ...]:
+    """Mixed predictions of problems with these steps before the last; form: all are (X±Y)·Z + (X±Y)."""
+    return ((1, "local"), (1, "propagated"), (2, "local")) if form else tuple((step, "propagated") for step in steps)
+
+
+def interchange_schema(mixed: Sequence[Mixed]) -> pa.Schema:
+    """Columns of the trial table.
+
+    kind: one of DONORS, or "none" for the unedited run; level: "vector", "slot", "keys", "values" or "residual"; layer:
+    of a residual stream or of a slot, -1: all layers; replaced: the set of latents; chance_answer: of a third prompt,
+    NaN if there is none; donor, chance: whether the answer is that one; step…: a mixed prediction, NaN where it is not
+    known; step…_hit: whether the answer is that prediction and neither prompt's own answer.
+    """
+    names = [column(one) for one in mixed]
+    return trial_schema(
+        kind=pa.string(), level=pa.string(), layer=pa.int16(), replaced=pa.int32(), donor_answer=pa.float64(),
+        chance_answer=pa.float64(), **{name: pa.float64() for name in names},
+        donor=pa.bool_(), chance=pa.bool_(), **{f"{name}_hit": pa.bool_() for name in names},
+    )  # fmt: skip
+
+
+def column(mixed: Mixed) -> str:
+    """Name of the column of a mixed prediction."""
+    return f"step{mixed[0]}_{mixed[1]}"
+
+
 BY = ("kind", "level", "layer", "replaced")
 UNEDITED: Selector = {"kind": "none", "level": "", "layer": -1, "replaced": 0}
 
@@ -80,17 +100,18 @@ class _Row(NamedTuple):
     replaced: int
     donor_answer: float
     chance_answer: float
-    step1_local: float
-    step1_propagated: float
-    step2_local: float
+    mixed: tuple[float, ...]
 
 
-def interchange(bench: Workbench, *, task: str, max_new_tokens: int | None, batch_size: int, seed: int) -> pd.DataFrame:
-    """Trial table of interchange, see `INTERCHANGE`.
+def interchange(
+    bench: Workbench, *, task: str, mixed: Sequence[Mixed], max_new_tokens: int | None, batch_size: int, seed: int
+) -> pd.DataFrame:
+    """Trial table of interchange, see `interchange_schema`.
 
     Args:
         bench: model and prompts.
         task: where prompts with the other operation may be made.
+        mixed: predictions that are read.
         max_new_tokens, batch_size: of the decoding.
         seed: of the choice of donors and of third prompts.
     """
@@ -99,19 +120,20 @@ def interchange(bench: Workbench, *, task: str, max_new_tokens: int | None, batc
     donors, of = _donors(thoughts.problems, operation_donors(thoughts.problems, task), bench.prompts.derivation, rng)
     if not donors:
         raise ValueError("no evaluation prompt has a donor: use more prompts")
-    rows = _rows(bench.model, thoughts.problems, donors, of, rng)
+    rows = _rows(bench.model, thoughts.problems, donors, of, mixed, rng)
     edits = _edits(bench.model, thoughts, rows, _Given.of(bench.model, donors))
     prompt = [row.prompt for row in rows]
     texts = answer_rows(
         bench.model, thoughts.prefill, prompt, edits, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    columns = {name: [getattr(row, name) for row in rows] for name in _Row._fields[2:]}
+    columns = {name: [getattr(row, name) for row in rows] for name in _Row._fields[2:-1]}
+    columns |= {column(one): [row.mixed[place] for row in rows] for place, one in enumerate(mixed)}
     frame = answer_table(thoughts.problems, prompt, texts, **columns)
     for name in ("donor", "chance"):
         frame[name] = frame["prediction"] == frame[f"{name}_answer"]
-    for name in MIXED:
-        mixed = (frame[name] != frame["answer"]) & (frame[name] != frame["donor_answer"])
-        frame[f"{name}_hit"] = (frame["prediction"] == frame[name]) & mixed
+    for name in map(column, mixed):
+        neither = (frame[name] != frame["answer"]) & (frame[name] != frame["donor_answer"])
+        frame[f"{name}_hit"] = (frame["prediction"] == frame[name]) & neither
     return frame
 
 
@@ -129,11 +151,7 @@ def _donors(
     donors: list[Problem] = []
     of: list[dict[str, int]] = []
     for problem, operation in zip(problems, operations, strict=True):
-        others = [
-            p for p in problems
-            if p.answer != problem.answer and p.intermediates[0] != problem.intermediates[0]
-            and factor_of(p) != factor_of(problem)
-        ]  # fmt: skip
+        others = [p for p in problems if unlike(problem, p)]
         same = [p for p in twins.get(key_of(problem), []) if p.prompt_id != problem.prompt_id]
         picks = {
             "other": others[int(rng.integers(len(others)))] if others else None,
@@ -151,7 +169,7 @@ def _donors(
 
 def _rows(
     model: CodiModel, problems: Sequence[Problem], donors: Sequence[Problem], of: Sequence[Mapping[str, int]],
-    rng: np.random.Generator,
+    mixed: Sequence[Mixed], rng: np.random.Generator,
 ) -> list[_Row]:  # fmt: skip
     """What is tried, prompt by prompt, the unedited run first."""
     n = model.n_latents
@@ -168,12 +186,20 @@ def _rows(
                 together = level[0] in WHOLE and level[1] == -1
                 sets = [tuple(range(1, n + 1)), *singles] if together else singles
                 choices += [(kind, level, set_of(chosen)) for chosen in sets]
+        of_kind = {"none": problem, **{kind: donors[row] for kind, row in mine.items()}}
+        known = {kind: tuple(_predicted(problem, donor, one) for one in mixed) for kind, donor in of_kind.items()}
         for kind, level, chosen in choices:
-            donor = donors[mine[kind]] if kind != "none" else problem
-            first, second = (predictions(problem, step, donor.intermediates[step - 1]) for step in (1, 2))
-            known = (float(donor.answer), chance, *first, second[0])
-            found.append(_Row(i, mine.get(kind, 0), kind, *level, chosen, *known))
+            answer = float(of_kind[kind].answer)
+            found.append(_Row(i, mine.get(kind, 0), kind, *level, chosen, answer, chance, known[kind]))
     return found
+
+
+def _predicted(problem: Problem, donor: Problem, mixed: Mixed) -> float:
+    """The answer if a step were the donor's; NaN where one of them has no such step before its last."""
+    step, reach = mixed
+    if step >= min(len(problem.intermediates), len(donor.intermediates)):
+        return math.nan
+    return predictions(problem, step, donor.intermediates[step - 1])[reach == "propagated"]
 
 
 # --- What is moved ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from experiments.latents.patch.template import Key, factor_of, key_of
+from experiments.latents.donors import Key, key_of, other_keys
 from experiments.statistics.effects import Selector
 from experiments.study.answers import answer_table, set_of, trial_schema
 from experiments.study.parts import Workbench
@@ -63,7 +63,10 @@ def mean_patching(
         groups[key_of(problem)].append(row)
     chosen = [i for i, problem in enumerate(thoughts.problems) if key_of(problem) in groups]
     if len(chosen) < 2:
-        raise ValueError("fewer than 2 evaluation prompts share (step 1, Z) with a derivation prompt: use more prompts")
+        raise ValueError(
+            "fewer than 2 evaluation prompts share their key (template problems: step 1 and Z, others: all values) "
+            "with a derivation prompt: use more prompts, or shorter problems"
+        )
     table, place = _vectors(bank, groups, draws, seed)
     keys = sorted(groups)
     rng = generator(seed, "patch", "means")
@@ -107,10 +110,12 @@ def mean_patching(
 
 
 def _other_key(problem: Problem, keys: Sequence[Key], rng: np.random.Generator) -> Key:
-    """A key of which both numbers differ from the prompt's; its own where there is none."""
-    step1, factor = problem.intermediates[0], factor_of(problem)
-    others = [k for k, key in enumerate(keys) if key[0] != step1 and key[1] != factor]
-    return keys[int(rng.choice(others))] if others else key_of(problem)
+    """A key of which every number differs from the prompt's, of as many steps if there is one; its own where there is
+    none."""
+    own = key_of(problem)
+    others = other_keys(keys, problem)
+    others = [key for key in others if len(key) == len(own)] or others
+    return others[int(rng.choice(len(others)))] if others else own
 
 
 def _vectors(

@@ -6,8 +6,9 @@ means        z_k replaced by the mean latent of other prompts, by zero or by noi
 values       z_k replaced by the mean latent of prompts of which a step is a target t (values.py).
 interchange  latent k of prompt A becomes that of prompt B: vector, residual stream or cache slot (interchange.py).
 
-What the answer should become is the arithmetic of the template problems, (X±Y)·Z + (X±Y), and stands in template.py;
-prompts of another form are refused.
+Prompts are any problems with two or more known steps: of the task templates, arithmetic or polynomial, or of a file
+with steps. What the answer should become if a step were another number stands in template.py, with what holds of the
+template problems (X±Y)·Z + (X±Y) alone.
 
 Runs as `codi patch` or `python -m experiments.latents.patch.run`.
 """
@@ -49,8 +50,12 @@ def parts(plan: Plan) -> list[Part]:
         "means": Part("means", means.mean_patching, {"draws": plan.draws, **decoding}, plan.seed, means.MEANS),
         "values": Part("values", values.value_patching, {"legacy": plan.legacy, **decoding}, plan.seed, values.VALUES),
         "interchange": Part(
-            "interchange", exchange.interchange, {"task": plan.task, **decoding}, plan.seed, exchange.INTERCHANGE
-        ),
+            "interchange",
+            exchange.interchange,
+            {"task": plan.task, "mixed": plan.mixed, **decoding},
+            plan.seed,
+            exchange.interchange_schema(plan.mixed),
+        ),  # fmt: skip
     }
     return [part for name, part in found.items() if name in plan.families]
 
@@ -121,10 +126,13 @@ def _interchange_tables(trials: pd.DataFrame, plan: Plan) -> Made:
     ]
     of = [pair for pair in contrasts if pair[0]["kind"] == "other"]
     kept = [*by, *(f"reference_{column}" for column in (*by, "by_chance")), "by_chance"]
-    for outcome in ("donor", *(f"{name}_hit" for name in exchange.MIXED)):
+    for outcome in ("donor", *(f"{exchange.column(one)}_hit" for one in plan.mixed)):
+        told = edited if outcome == "donor" else edited[edited[outcome.removesuffix("_hit")].notna()]
+        if told.empty:
+            continue
         both = pd.concat([
-            edited.assign(value=edited[outcome], by_chance=False),
-            edited.assign(value=edited["chance"], by_chance=True),
+            told.assign(value=told[outcome], by_chance=False),
+            told.assign(value=told["chance"], by_chance=True),
         ])  # fmt: skip
         name = f"interchange_{outcome}"
         table, sizes[name] = weighed(both, contrasts, [*by, "by_chance"], "value", settings, of=of or None)
@@ -155,7 +163,9 @@ def conclude(plan: Plan, trials: Trials) -> Findings:
 STUDY = Study(
     options=PatchOptions,
     title="Patching latents",
-    prompts=lambda options, model: options.load_split(options.seed, model.protocol.question_suffix),
+    prompts=lambda options, model: options.load_split(
+        options.seed, model.protocol.question_suffix, known_steps=2, donors=True
+    ),
     plan=make_plan,
     parts=parts,
     conclude=conclude,

@@ -8,31 +8,29 @@ from typing import Any
 import pandas as pd
 
 from experiments.latents.claims import STAR
-from experiments.latents.patch.interchange import DONORS, Level, levels_of, moved
+from experiments.latents.patch.interchange import DONORS, Level, column, levels_of, moved
 from experiments.latents.patch.means import KINDS, UNEDITED, replaced
 from experiments.latents.patch.plan import Plan
-from experiments.latents.patch.values import SCOPES, STATES, patched
+from experiments.latents.patch.values import STATES, patched
 from experiments.statistics.effects import Selector, row_of
 from experiments.statistics.words import interval
 from experiments.study.answers import latents_in
 from experiments.study.result import Section
 
-__all__ = ["intervals", "level_name", "words"]
+__all__ = ["intervals", "level_name", "predictions_of", "words"]
 
 PREDICTIONS = ((1, "local", "t + own step 2"), (1, "propagated", "t·Z + t"), (2, "local", "own step 1 + t"))
-"""Step that is patched, prediction, and how it is written."""
+"""Of (X±Y)·Z + (X±Y): step that is patched, prediction, and how it is written."""
 _TITLES = {"other": "another prompt", "operation": "the other operation", "twin": "the same key (control)"}
-_MIXED = (
-    ("step1_local_hit", "donor's step 1 + own step 2"),
-    ("step1_propagated_hit", "donor's step 1 carried through"),
-    ("step2_local_hit", "own step 1 + donor's step 2"),
-)
+_MIXED = {(1, "local"): "donor's step 1 + own step 2", (2, "local"): "own step 1 + donor's step 2"}
 _INTERCHANGED = {"interchange_correct": "accuracy", "interchange_donor": "the donor's answer"}
 
 
 def words(plan: Plan, tables: Mapping[str, pd.DataFrame], seen: str) -> list[Section]:
     """The summary, section by section; `seen` says what the run can see at all."""
     found = [Section(f"Differences in points of accuracy (per cent of prompts), {intervals(plan)}. {seen}".strip())]
+    if not plan.form:
+        found.append(Section(_OTHER_FORM))
     if "means" in tables:
         found.append(_mean_words(plan, tables))
     if "values_hit" in tables:
@@ -40,6 +38,21 @@ def words(plan: Plan, tables: Mapping[str, pd.DataFrame], seen: str) -> list[Sec
     if "interchange_donor" in tables:
         found += _interchange_words(plan, tables)
     return found
+
+
+_OTHER_FORM = (
+    "These prompts are not all of the form (X±Y)·Z + (X±Y): a prediction is the answer of the chain worked out again "
+    "from the patched step on; local predictions, donors with the other operation and claim C5 are about that form "
+    "alone. Key: all intermediate values."
+)
+
+
+def predictions_of(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[tuple[int, str, str]]:
+    """As PREDICTIONS, what is shown of value patching; of steps that were patched at all."""
+    if plan.form:
+        return list(PREDICTIONS[2:] if plan.legacy else PREDICTIONS)
+    steps = set(tables["values_hit"]["step"])
+    return [(step, "propagated", "t carried through") for step in plan.steps if step in steps]
 
 
 def intervals(plan: Plan) -> str:
@@ -92,9 +105,9 @@ def _mean_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
 
 def _value_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
     latents = plan.value_latents
-    lines, shown = [], PREDICTIONS[2:] if plan.legacy else PREDICTIONS
+    lines, shown = [], predictions_of(plan, tables)
     for step, outcome, label in shown:
-        for scope in SCOPES:
+        for scope in plan.scopes:
             for state in STATES:
                 rows = [row_of(tables[f"values_{outcome}"], patched("target", step, scope, state, k)) for k in latents]
                 lines.append([f"step {step}, {scope}, {state}", label, *map(_cell, rows)])
@@ -105,7 +118,8 @@ def _value_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> Section:
     heads = ["patch", "prediction", *(f"latent {k}" for k in latents)]
     called: dict[str, list[str]] = {}
     for _, outcome, label in shown:
-        called.setdefault(f"values_{outcome}", []).append(label)
+        if label not in called.setdefault(f"values_{outcome}", []):
+            called[f"values_{outcome}"].append(label)
     star = _star(tables, {name: " and ".join(labels) for name, labels in called.items()})
     return Section("\n".join([text, "", *_table(heads, lines), *star]), "Value patching")
 
@@ -114,12 +128,16 @@ def _interchange_words(plan: Plan, tables: Mapping[str, pd.DataFrame]) -> list[S
     known = set(tables["interchange_correct"]["kind"])
     found = [_donor_words(plan, tables, kind) for kind in DONORS if kind in known]
     best = []
-    for outcome, label in _MIXED:
-        table = tables[f"interchange_{outcome}"]
+    called = {f"interchange_{column(one)}_hit": _MIXED.get(one, f"donor's step {one[0]} carried through")
+              for one in plan.mixed if f"interchange_{column(one)}_hit" in tables}  # fmt: skip
+    for outcome, label in called.items():
+        table = tables[outcome]
         top = table[table["kind"] == "other"].sort_values("difference").iloc[-1]
         best.append(f"{label}: most often with {_name(top, plan.n_latents)!r}, {_cell(top)}")
     text = f"Neither prompt's own, minus chance: {'; '.join(best)}."
-    star = _star(tables, {f"interchange_{outcome}": label for outcome, label in _MIXED})
+    if not called:
+        return found
+    star = _star(tables, called)
     return [*found, Section("\n".join([text, *star]), "Mixed answers")]
 
 

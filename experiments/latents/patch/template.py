@@ -1,37 +1,22 @@
-"""What patching knows about its prompts: they ask for (X±Y)·Z + (X±Y), in a scene, with an operation.
+"""What patching knows about its prompts: what the answer becomes if a step were another number.
 
-Everything here holds for these template problems only: which two numbers fix all intermediate values (`key_of`), what
-the answer becomes if one step were another number (`predictions`), and which prompt differs by its operation alone
-(`counterpart`, `operation_donors`). means.py, values.py and interchange.py are about latents and know none of it.
+Of any problem with known steps the chain is worked out again from that step on (experiments/tasks/consequences.py). The
+template problems (X±Y)·Z + (X±Y) have more, and here only: step 1 and Z fix all their values (`has_form`), the last
+step reads both others, so that a step can move the answer past the other one (`predictions`, local), and there are
+prompts that differ by their operation alone (`counterpart`, `operation_donors`). means.py, values.py and interchange.py
+are about latents and know none of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
-from experiments.tasks import STEPS_HELP, Problem, templates
-from experiments.tasks.split import Split
+from experiments.tasks import Problem, templates
+from experiments.tasks.consequences import answer_if
 
-__all__ = ["Key", "check_form", "counterpart", "factor_of", "has_form", "key_of", "operation_donors", "predictions"]
-
-Key = tuple[float, int]
-
-
-def check_form(prompts: Split) -> None:
-    """Refuse prompts of another form.
-
-    Raises:
-        ValueError: the first that is not (X±Y)·Z + (X±Y).
-    """
-    for problem in (*prompts.evaluation, *prompts.derivation):
-        if not has_form(problem):
-            steps = ", ".join(problem.steps) or "none that are known"
-            raise ValueError(
-                f"patching needs prompts of the form (X±Y)·Z + (X±Y), as in the task 'templates' or prompts.json; "
-                f"{problem.prompt_id!r} has the numbers {', '.join(map(str, problem.numbers)) or '(none)'} and the "
-                f"steps {steps}. With prompts of this form {STEPS_HELP}"
-            )
+__all__ = ["counterpart", "factor_of", "has_form", "operation_donors", "predictions"]
 
 
 def has_form(problem: Problem) -> bool:
@@ -47,17 +32,19 @@ def factor_of(problem: Problem) -> int:
     return problem.numbers[2]
 
 
-def key_of(problem: Problem) -> Key:
-    """(step 1, Z): with these every intermediate value is known."""
-    return problem.intermediates[0], factor_of(problem)
-
-
 def predictions(problem: Problem, step: int, value: float) -> tuple[float, float]:
-    """The answers that follow if a step were `value`: local, with the other step as it is, and propagated, with all
-    that depends on it.
+    """The answers that follow if a step were `value`: local, with the other steps before the last as they are, and
+    propagated, with all that depends on it. Of (X±Y)·Z + (X±Y):
 
         step 1 -> t, local: t + own step 2;  step 1 -> t, propagated: t · Z + t;  step 2 -> t: own step 1 + t
+
+    Returns:
+        Both; NaN where the steps do not tell, and for a local one where the last step does not read this step.
     """
+    if not has_form(problem):
+        found = (answer_if(problem, step, value, carried) for carried in (False, True))
+        local, propagated = (math.nan if answer is None else answer for answer in found)
+        return local, propagated
     step1, step2, _ = problem.intermediates
     if step == 2:
         return float(step1 + value), float(step1 + value)

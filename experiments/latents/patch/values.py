@@ -1,14 +1,16 @@
 """Value patching: z_k becomes the mean latent of derivation prompts of which a step is a target t.
 
-The derivation prompts are of the same template or of other ones; what is put in is the vector alone, or the residual
-stream of every layer with it. Success is that the answer becomes the predicted one (template.py). Control: the mean of
-a third value in the same place, read against the same prediction. Later latents are computed on the edited past.
+The derivation prompts have as many steps, and are of the same template or (where there are several) of other ones; what
+is put in is the vector alone, or the residual stream of every layer with it. Success is that the answer becomes the
+predicted one (template.py). Control: the mean of a third value, which predicts another answer, in the same place, read
+against the same prediction. Later latents are computed on the edited past.
 
 Knows nothing about files, tables or claims.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -30,7 +32,8 @@ from experiments.tasks import Problem
 from steering.directions import generator
 from steering.replacements import Place, ReplaceRows
 
-__all__ = ["BY", "SCOPES", "STATES", "VALUES", "patched", "patched_latents", "value_patching"]
+__all__ = ["BY", "SCOPES", "STATES", "VALUES", "patched", "patched_latents", "patched_steps", "scopes_of",
+           "value_patching"]  # fmt: skip
 
 SCOPES = ("same template", "other templates")
 STATES = ("vector", "residual")
@@ -40,9 +43,10 @@ VALUES = trial_schema(
     local_prediction=pa.float64(), propagated_prediction=pa.float64(), local=pa.bool_(), propagated=pa.bool_(),
     hit=pa.bool_(),
 )  # fmt: skip
-"""kind: "target", "control" (a third value) or "none" (unedited: no state and no latent); step: 1 or 2; scope: one of
-SCOPES; state: one of STATES; value: whose mean is put in (of "none": the prompt's own); local and propagated: whether
-the answer is that prediction for the target; hit: one of the two."""
+"""kind: "target", "control" (a third value) or "none" (unedited: no state and no latent); step: one before the last;
+scope: one of SCOPES; state: one of STATES; value: whose mean is put in (of "none": the prompt's own); local and
+propagated: whether the answer is that prediction for the target (predictions are NaN where there is none); hit: one of
+the two."""
 BY = ("kind", "step", "scope", "state", "latent")
 
 
@@ -54,6 +58,16 @@ def patched(kind: str, step: int, scope: str, state: str, latent: int) -> Select
 def patched_latents(n: int, legacy: bool) -> tuple[int, ...]:
     """Latents that are patched: all, or the published one."""
     return (min(5, n),) if legacy else tuple(range(1, n + 1))
+
+
+def patched_steps(problems: Sequence[Problem], legacy: bool) -> tuple[int, ...]:
+    """Steps that are patched: all before the last one of the longest problem, or the published one."""
+    return (2,) if legacy else tuple(range(1, max(len(problem.intermediates) for problem in problems)))
+
+
+def scopes_of(derivation: Sequence[Problem]) -> tuple[str, ...]:
+    """Scopes that there are: one alone where all prompts are worded alike."""
+    return SCOPES if len({problem.template for problem in derivation}) > 1 else SCOPES[:1]
 
 
 class _Row(NamedTuple):
@@ -83,11 +97,13 @@ def value_patching(
     thoughts, bank = bench.once(evaluation_thoughts), bench.once(derivation_bank)
     latents = patched_latents(bench.model.n_latents, legacy)
     groups = _Groups()
-    rows = _rows(
-        thoughts.problems, bank, (2,) if legacy else (1, 2), latents, groups, generator(seed, "patch", "values")
-    )
+    steps = patched_steps(thoughts.problems, legacy)
+    rows = _rows(thoughts.problems, bank, steps, latents, groups, generator(seed, "patch", "values"))
     if not rows:
-        raise ValueError("no prompt has two other values of a step among the derivation prompts: use more of them")
+        raise ValueError(
+            "no prompt has among the derivation prompts two other values of a step that predict other answers: use "
+            "more of them, and problems whose steps tell how they hang together"
+        )
     edits = _edits(bench.model, rows, latents, bank, groups.members)
     prompt = [row.prompt for row in rows]
     texts = answer_rows(
@@ -122,20 +138,24 @@ def _rows(
     problems: Sequence[Problem], bank: Bank, steps: Sequence[int], latents: Sequence[int], groups: _Groups,
     rng: np.random.Generator,
 ) -> list[_Row]:  # fmt: skip
-    """What is tried, prompt by prompt: for every step that has two other values in both scopes."""
+    """What is tried, prompt by prompt: for every step before the last that has two other values in every scope."""
     pools = {step: _pools(bank.problems, step) for step in steps}
+    scopes = scopes_of(bank.problems)
     found: list[_Row] = []
     for i, problem in enumerate(problems):
+        form = _form(problem)
         for step in steps:
+            if step >= len(problem.intermediates):
+                continue
             own = problem.intermediates[step - 1]
-            same = pools[step].get(problem.template, {})
-            elsewhere = _elsewhere(pools[step], problem.template)
-            values = [v for v in sorted(set(same) & set(elsewhere)) if v not in (own, 0)]
+            sources = (pools[step].get(form, {}), _elsewhere(pools[step], form))[: len(scopes)]
+            shared = sorted(set.intersection(*map(set, sources)))
+            values = _telling(problem, step, [v for v in shared if v not in (own, 0)])
             if len(values) < 2:
                 continue
             target, third = (float(v) for v in rng.choice(values, size=2, replace=False))
             local, propagated = predictions(problem, step, target)
-            for scope, pool in zip(SCOPES, (same, elsewhere), strict=True):
+            for scope, pool in zip(scopes, sources, strict=True):
                 for kind, value in (("target", target), ("control", third)):
                     group = groups.number(pool[value])
                     for state in STATES:
@@ -148,22 +168,41 @@ def _rows(
 _Pool = Mapping[float, Sequence[int]]
 
 
-def _pools(problems: Sequence[Problem], step: int) -> dict[str, _Pool]:
-    """template -> value of the step -> rows of the prompts that have it."""
-    found: dict[str, dict[float, list[int]]] = {}
-    for template in sorted({problem.template for problem in problems}):
-        found[template] = defaultdict(list)
+_Form = tuple[str, int]
+"""Template and number of steps."""
+
+
+def _form(problem: Problem) -> _Form:
+    return problem.template, len(problem.intermediates)
+
+
+def _telling(problem: Problem, step: int, values: Sequence[float]) -> list[float]:
+    """The values that predict an answer, another one than the prompt's own and than those before them."""
+    seen, found = {float(problem.answer)}, []
+    for value in values:
+        _, answer = predictions(problem, step, float(value))
+        if not math.isnan(answer) and answer not in seen:
+            seen.add(answer)
+            found.append(value)
+    return found
+
+
+def _pools(problems: Sequence[Problem], step: int) -> dict[_Form, _Pool]:
+    """form -> value of the step -> rows of the prompts that have it before their last step."""
+    found: dict[_Form, dict[float, list[int]]] = {}
+    for form in sorted({_form(problem) for problem in problems if step < len(problem.intermediates)}):
+        found[form] = defaultdict(list)
         for row, problem in enumerate(problems):
-            if problem.template == template:
-                found[template][problem.intermediates[step - 1]].append(row)
-    return {template: dict(pool) for template, pool in found.items()}
+            if _form(problem) == form:
+                found[form][problem.intermediates[step - 1]].append(row)
+    return {form: dict(pool) for form, pool in found.items()}
 
 
-def _elsewhere(pools: Mapping[str, _Pool], template: str) -> _Pool:
-    """value -> rows of the prompts of all other templates."""
+def _elsewhere(pools: Mapping[_Form, _Pool], form: _Form) -> _Pool:
+    """value -> rows of the prompts of all other templates with as many steps."""
     found: dict[float, list[int]] = defaultdict(list)
     for other, pool in pools.items():
-        if other != template:
+        if other != form and other[1] == form[1]:
             for value, rows in pool.items():
                 found[value] += rows
     return dict(found)

@@ -19,7 +19,7 @@ __all__ = ["equation_steps", "step_values", "steps_of"]
 
 _STEP_FIELDS = ("cot", "steps", "Equation", "lEquations", "answer")
 _ANNOTATION = re.compile(r"<<((?:(?!<<).)*?)>>")
-_EQUATION = re.compile(r"[-+*/().,\d\s]+=\s*[-+]?[.,\d]+")
+_EQUATION = re.compile(r"(?:[-+*/().,\d\s]|(?<=[\d)])%(?=\d))+=\s*[-+]?[.,\d]+")  # % before a figure: the remainder
 
 
 def steps_of(record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

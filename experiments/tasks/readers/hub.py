@@ -24,8 +24,9 @@ HUB_DEFAULTS: dict[str, tuple[str | None, str]] = {
 }
 
 TASK_HELP = (
-    f"allowed: arithmetic, templates, a file ending in {', '.join(FILE_TYPES)}, a folder of such .txt files or in the "
-    f"layout of a hub data set, or a hub id such as {', '.join(HUB_DEFAULTS)}"
+    "allowed: arithmetic, polynomial (or such as polynomial:m=97,b=3), templates, word-problems, a file ending in "
+    f"{', '.join(FILE_TYPES)}, a folder of such .txt files or in the layout of a hub data set, or a hub id such as "
+    f"{', '.join(HUB_DEFAULTS)}"
 )
 
 

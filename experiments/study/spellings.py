@@ -4,20 +4,19 @@ A number is spelled with and without a leading space, tokens that are only space
 counts. A number of several tokens counts by its first token (rule "first") or only if all of its tokens are among the k
 (rule "all"); single-token numbers are the same under both.
 
-Knows nothing about prompts, lenses or layers.
+Knows nothing about prompts, lenses or layers. Used by every study that looks for values in what a model would say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from codi import CodiModel
-from experiments.lens.options import Rule
 
 __all__ = [
     "NEVER",
@@ -56,7 +55,7 @@ def word_spellings(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
     return _spellings(tokenizer, (word, " " + word, word.capitalize(), " " + word.capitalize()))
 
 
-def spelling_table(spellings: Sequence[Sequence[tuple[int, ...]]], rule: Rule) -> Tensor:
+def spelling_table(spellings: Sequence[Sequence[tuple[int, ...]]], rule: Literal["first", "all"]) -> Tensor:
     """(value, spelling, token) ids, −1 where there is none; one token per spelling under rule "first"."""
     shortened = [[ids[:1] if rule == "first" else ids for ids in forms] for forms in spellings]
     n_forms = max(map(len, shortened))
