@@ -277,6 +277,18 @@ def test_a_planted_model_gets_the_verdict_that_it_deserves(
     assert all((slot[k] > 0.5) == (k in latents) for k in range(1, 7))
 
 
+@pytest.mark.parametrize(("model", "supported"), [("alternating", True), ("tiny", False)])
+def test_a_trained_model_that_alternates_and_one_that_does_not(model: str, supported: bool, tmp_path: Path) -> None:
+    """The positive control of the shipped verdict, beside it: both trained here, asked the same problems."""
+    options = AlternationOptions(
+        model=str(Path("checkpoints") / model), task="arithmetic", min_steps=3, max_steps=3, limit=120, derivation=120,
+        resamples=500, out=tmp_path / "run",
+    )  # fmt: skip
+    main(options)
+    verdicts = pd.read_csv(tmp_path / "run" / "verdicts.csv").set_index("task")
+    assert verdicts.loc["overall", "verdict"] == ("supported" if supported else "contradicted")
+
+
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
