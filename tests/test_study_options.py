@@ -170,7 +170,8 @@ def _classes() -> dict[str, type[Options]]:
 
 JUDGES = {
     *("sweep", "eval", "train", "lens detect", "alternation", "findings"),
-    *("necessity", "transfer", "anchors", "early-exit", "patch", "pca", "control sweep", "control transfer"),
+    *("necessity", "transfer", "anchors", "early-exit", "patch", "pca", "polynomial", "control sweep",
+      "control transfer"),
 }  # fmt: skip
 """Commands that say which answers are right."""
 
