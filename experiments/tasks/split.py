@@ -158,10 +158,7 @@ def load_split(
     elif generator_of(task):
         evaluation = load("test", limit)
         taken = {trait for problem in evaluation for trait in _traits(problem)}
-        found = load("derivation", derivation)
-        if donors and (kind := polynomial.parse(task)) is not None:
-            made = with_suffix(polynomial.twins(evaluation[: derivation // 2], kind, "derivation", seed), suffix)
-            found = list({problem.question: problem for problem in (*made, *found)}.values())[:derivation]
+        found = _with_twins(load("derivation", derivation), task, evaluation if donors else (), seed, suffix)
         candidates = [problem for problem in found if not taken & _traits(problem)]
     else:
         problems = load("test", None)
@@ -182,6 +179,18 @@ def load_split(
         )
     check_disjoint(candidates, evaluation)
     return Split(tuple(candidates), tuple(evaluation))
+
+
+def _with_twins(
+    found: list[Problem], task: str, evaluation: Sequence[Problem], seed: int, suffix: str
+) -> list[Problem]:
+    """As many derivation prompts; of the task "polynomial" up to half of them have all values of an evaluation
+    prompt."""
+    kind = polynomial.parse(task)
+    if kind is None or not evaluation:
+        return found
+    made = with_suffix(polynomial.twins(evaluation[: len(found) // 2], kind, "derivation", seed), suffix)
+    return list({problem.question: problem for problem in (*made, *found)}.values())[: len(found)]
 
 
 def _from_another(
