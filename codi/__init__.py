@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from codi.decode import decode_answers
     from codi.forced import divergence
     from codi.interventions import Intervention
+    from codi.known import KNOWN
     from codi.layout import CheckpointError
     from codi.model import CodiModel
     from codi.parts import Parts, Projection
-    from codi.places import KNOWN
     from codi.protocol import Protocol, UserError
     from codi.rollout import LatentRollout, Prefill
     from lm.text import EncodedBatch
@@ -69,7 +69,7 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "KNOWN": "codi.places",
+        "KNOWN": "codi.known",
         "CheckpointError": "codi.layout",
         "CodiModel": "codi.model",
         "EncodedBatch": "lm.text",

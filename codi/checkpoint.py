@@ -15,7 +15,7 @@ whose paths are relative to the folder. A SIM-CoT checkpoint may carry the decod
 (`decoder.…`, `pj_in.…`, `pj_out.…`); a rollout does not use it and it is left out. An adapter_config.json beside the
 weights is honoured (adapter.py). What else may be left out or otherwise is listed in `model.notes`; apart from that
 loading is strict, and no pickled code is ever run (weights.py reads files, layout.py knows keys, lora.py keeps LoRA
-apart, places.py finds folders).
+apart, places.py finds folders, trained.py completes a checkpoint that holds only what was trained).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from codi.adapter import ADAPTER_CONFIG, Adapter, read_adapter
+from codi.known import PUBLISHED_ALPHA, PUBLISHED_R
 from codi.layout import (
     WRAPPER,
     Layout,
@@ -50,8 +51,9 @@ from codi.layout import (
 from codi.lora import attach_lora
 from codi.model import CodiModel
 from codi.parts import Projection
-from codi.places import BASE_FOLDER, PUBLISHED_ALPHA, PUBLISHED_R, Place, locate
+from codi.places import BASE_FOLDER, Place, locate
 from codi.protocol import FAMILIES, PROTOCOL_TOKENS, Protocol, UserError, answer_only, original
+from codi.trained import TRAINED_FILE, completed, has_trained, with_tokens
 from lm.forward import feed
 from lm.terms import DTYPES, Attention, ControlText, Dtype, Mask, Rope
 from lm.tokenizer import read_tokenizer
@@ -196,14 +198,20 @@ def load_codi(
     target = _device(device)
     place = locate(path, base)
     config = _read_config(place.base_folder, place.base_name)
-    files = weight_files(place.folder)
     notes: list[str] = []
-    state = read_state(files, notes)
+    if has_trained(place.folder):
+        files = [place.folder / TRAINED_FILE, *weight_files(place.base_folder)]
+        state = completed(place.folder, place.settings, place.base_folder, place.base_name)
+    else:
+        files = weight_files(place.folder)
+        state = read_state(files, notes)
     if any(key.startswith(AUXILIARY[0]) for key in state):
         state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
 
     own_tokenizer = any((place.folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = _read_tokenizer(place.folder if own_tokenizer else place.base_folder)
+    if not own_tokenizer:
+        tokenizer = with_tokens(tokenizer, place.settings, place.where)
     resolved = _resolve_protocol(protocol, place, tokenizer, own_tokenizer, config)
     resolved = _resize(config, state, resolved, notes)
     adapter = read_adapter(place.folder)

@@ -7,7 +7,7 @@ Merging them into the weights needs no peft and is in layout.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ LORA_TARGETS = {"gpt2": ("c_attn", "c_proj", "c_fc")}
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -> None:
+def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0, modules: Sequence[str] = ()) -> None:
     """Freeze a base model and give every linear layer of its blocks trainable LoRA weights, in place.
 
     weight + (alpha / r) · B A, with B = 0 at the start: the model computes what it did before.
@@ -33,6 +33,10 @@ def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -
         base: Hugging Face causal language model.
         r, alpha: rank and scale; published CODI uses 128 and 32.
         dropout: on the input of the LoRA branch, 0..1.
+        modules: names of the linear layers of a block that get it, such as "q_proj"; empty: all.
+
+    Raises:
+        ValueError: a rank below 1, or a name that no linear layer of the blocks has.
 
     Source: Hu et al. 2021, LoRA, arXiv 2106.09685; settings of Shen et al. 2025, arXiv 2502.21074.
     """
@@ -41,7 +45,13 @@ def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -
     if r < 1:
         raise UserError(f"the LoRA rank must be at least 1, got {r}")
     kind = base.config.model_type
-    targets = LORA_TARGETS.get(kind, LLAMA_TARGETS)
+    every = LORA_TARGETS.get(kind, LLAMA_TARGETS)
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    allowed = [name for name in every if name in names]
+    for name in modules:
+        if name not in allowed:
+            raise UserError(f"LoRA modules must be among {', '.join(allowed)}, got {name!r}")
+    targets = modules or every
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -50,6 +60,7 @@ def add_lora(base: Any, r: int = 128, alpha: float = 32, dropout: float = 0.0) -
         fan_in_fan_out=kind == "gpt2",
     )
     inject_adapter_in_model(config, base)
+    base.train(base.training)  # what was put in is as the rest: dropouts act in training only
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint and its base model are: folders, hub ids, published names; and what a folder says about itself.
+"""Where a checkpoint and its base model are, folder or hub id; and what a folder says about itself.
 
 Knows nothing about weights or tokenizers.
 """
@@ -8,54 +8,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from codi.known import KNOWN, KnownCheckpoint, known_checkpoint
 from codi.protocol import UserError
+from codi.trained import has_trained
+from lm.places import SMOLLM2, refuse_missing
 from lm.weights import read_object
 
-__all__ = ["BASE_FOLDER", "KNOWN", "PUBLISHED_ALPHA", "PUBLISHED_R", "KnownCheckpoint", "Place", "locate"]
+__all__ = ["BASE_FOLDER", "Place", "base_folder", "locate"]
 
-PUBLISHED_R, PUBLISHED_ALPHA = 128, 32
 CHECKPOINT, BASE = "checkpoint", "base model"
 CHECKPOINTS, BASE_FOLDER = "checkpoints", "base"
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.txt", "*.model")
 BASE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
-@dataclass(frozen=True)
-class KnownCheckpoint:
-    """What a published checkpoint does not say about itself."""
-
-    protocol: str
-    base: str
-    lora_r: int = PUBLISHED_R
-    lora_alpha: float = PUBLISHED_ALPHA
-    mirrors: tuple[str, ...] = field(default=())
-
-
-KNOWN = {
-    "zen-E/CODI-llama3.2-1b-Instruct": KnownCheckpoint(
-        "original", "meta-llama/Llama-3.2-1B-Instruct", mirrors=("unsloth/Llama-3.2-1B-Instruct",)
-    ),
-    "zen-E/CODI-gpt2": KnownCheckpoint("original", "openai-community/gpt2", mirrors=("gpt2",)),
-    "bcywinski/codi_llama1b-answer_only": KnownCheckpoint(
-        "answer-only", "meta-llama/Llama-3.2-1B-Instruct", mirrors=("unsloth/Llama-3.2-1B-Instruct",)
-    ),
-}
-"""Published checkpoints by hub id; a folder with the same last name is taken for a copy of it."""
-
-
 # --- Where things are -------------------------------------------------------------------------------------------------
-
-
-def known_checkpoint(name: str) -> KnownCheckpoint | None:
-    last = Path(name).name
-    return next((known for hub_id, known in KNOWN.items() if name == hub_id or last == hub_id.split("/")[1]), None)
 
 
 def _is_hub_id(name: str, what: str) -> bool:
@@ -140,6 +114,11 @@ class Place:
     base_folder: Path
 
 
+def base_folder(name: str) -> Path:
+    """Folder of a base model with its weights; that of a hub id is fetched if need be."""
+    return _find(name, BASE, CHECKPOINT_FILES)
+
+
 def locate(path: str | Path, base: str | Path | None) -> Place:
     where = str(path)
     known = known_checkpoint(where)
@@ -156,5 +135,9 @@ def locate(path: str | Path, base: str | Path | None) -> Place:
             base_name = folder / str(base_name)
         elif str(base_name) == BASE_FOLDER:
             raise UserError(f"{folder / BASE_FOLDER} is missing: {folder / 'codi.json'} names it as the base model")
-    base_folder = _find(base_name, BASE, BASE_FILES, known.mirrors if known else ())
-    return Place(where, folder, settings, known, str(base_name), base_folder)
+        elif Path(str(base_name)).name == SMOLLM2:
+            refuse_missing(str(folder / str(base_name)), folder / str(base_name))
+    # The weights of the base are wanted only where the checkpoint does not hold them.
+    files = CHECKPOINT_FILES if has_trained(folder) else BASE_FILES
+    found = _find(base_name, BASE, files, known.mirrors if known else ())
+    return Place(where, folder, settings, known, str(base_name), found)

@@ -171,7 +171,12 @@ COMMANDS: dict[str, Command] = {
     "findings": Command(
         "experiments.page.options:FindingsOptions",
         "experiments.page.findings:main",
-        "run every study on one model and collect what they found on one page",
+        "run every study on one model or several and collect what they found; several are compared",
+    ),
+    "published": Command(
+        "experiments.page.published_options:PublishedOptions",
+        "experiments.page.published:main",
+        "the published checkpoints: accuracy beside the published figures, grids, studies, one page (needs a GPU)",
     ),
     "findings-language": Command(
         "experiments.page.options:LanguageFindingsOptions",

@@ -15,7 +15,7 @@ from lm.errors import UserError
 from lm.terms import TextForm
 from lm.weights import ADAPTER_FILES, UNREADABLE
 
-__all__ = ["FORM_FILE", "add_adapter", "merge_adapter", "save_adapter"]
+__all__ = ["FORM_FILE", "add_adapter", "merge_adapter", "named_from", "other_base", "save_adapter"]
 
 FORM_FILE = "lm.json"
 """Beside an adapter: the form of text that it was trained on and the base's identity,
@@ -62,6 +62,29 @@ def merge_adapter(base: Any, folder: Path) -> None:
     assert merged is base, "merging gave another model"
 
 
+def named_from(folder: Path, base: str) -> str:
+    """How a folder of trained weights names its base: another folder by the way to it, a hub id as it is."""
+    place = Path(base).expanduser()
+    return os.path.relpath(place, folder) if place.is_dir() else base
+
+
+def other_base(folder: Path, base: str, recorded: str, found: str) -> str:
+    """A warning if trained weights belong to another base than the one at hand; "" if not, or if nothing is recorded.
+
+    Args:
+        folder: of the trained weights.
+        base: name of the base at hand.
+        recorded: identity of the weights that they were trained on; "": not known.
+        found: of those at hand; "": not known.
+    """
+    if not recorded or recorded == found:
+        return ""
+    return (
+        f"{folder} was trained on other weights than those of {base} (recorded {recorded[:12]}, found "
+        f"{found[:12] or 'unknown'}): numbers will differ from its card"
+    )
+
+
 def save_adapter(adapted: Any, folder: Path, *, base: str, base_hash: str, form: TextForm) -> None:
     """Write a trained adapter as a folder that `lm.load.load_lm` reads, its weights in bfloat16.
 
@@ -77,8 +100,7 @@ def save_adapter(adapted: Any, folder: Path, *, base: str, base_hash: str, form:
 
     folder.mkdir(parents=True, exist_ok=True)
     config = adapted.peft_config["default"]
-    named = os.path.relpath(Path(base).expanduser(), folder) if Path(base).expanduser().is_dir() else base
-    config.base_model_name_or_path, config.inference_mode = named, True
+    config.base_model_name_or_path, config.inference_mode = named_from(folder, base), True
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # peft keeps a set: the file would differ by the run
     config.save_pretrained(str(folder))

@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 import torch
 
-from lm.adapters import FORM_FILE, merge_adapter
+from lm.adapters import FORM_FILE, merge_adapter, other_base
 from lm.cache import build_cache
 from lm.errors import UserError
 from lm.forward import feed
@@ -36,7 +36,7 @@ from lm.text import EncodedBatch
 from lm.tokenizer import read_tokenizer
 from lm.weights import ADAPTER_FILES, UNREADABLE, hash_files, read_object, refuse_pointer, weight_files
 
-__all__ = ["ADAPTER_CONFIG", "base_of", "check_model", "load_lm"]
+__all__ = ["ADAPTER_CONFIG", "base_of", "check_model", "load_lm", "read_base"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -84,7 +84,7 @@ def load_lm(
     source, file = (str(place.parent), place.name) if place.suffix == ".gguf" else (name, gguf)
     files = _local_files(Path(source).expanduser(), file)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    weights = _read(source, file, dtype, attention).to(device)
+    weights = read_base(source, file, dtype, attention).to(device)
     model = LanguageModel(
         weights,
         read_tokenizer(source, file),
@@ -129,7 +129,17 @@ def _local_files(folder: Path, file: str | None) -> list[Path]:
     return [path]
 
 
-def _read(source: str, file: str | None, dtype: Dtype, attention: Attention) -> Any:
+def read_base(source: str, file: str | None, dtype: Dtype, attention: Attention) -> Any:
+    """The weights of a causal language model alone, on the CPU, unchecked.
+
+    Args:
+        source: folder or hub id.
+        file: name of a GGUF file in it; None: a model of Hugging Face.
+        dtype, attention: see `load_lm`.
+
+    Raises:
+        ValueError: no causal language model can be read from there.
+    """
     from transformers import AutoModelForCausalLM
 
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
@@ -155,12 +165,9 @@ def _with_adapter(folder: Path, base: str | None, *, form: TextForm | None, **op
     model = load_lm(base or base_of(folder), form=form, check=False, **options)
     merge_adapter(model.base, folder)
     form_trained, trained_on = _beside(folder)
-    if trained_on and model.weights_hash != trained_on:
-        warnings.warn(
-            f"{folder} was trained on other weights than those of {base or base_of(folder)} (recorded "
-            f"{trained_on[:12]}, found {model.weights_hash[:12] or 'unknown'}): numbers will differ from its card",
-            stacklevel=3,
-        )
+    warning = other_base(folder, base or base_of(folder), trained_on, model.weights_hash if trained_on else "")
+    if warning:
+        warnings.warn(warning, stacklevel=3)
     joined = LanguageModel(
         model.base,
         model.tokenizer,

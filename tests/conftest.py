@@ -39,6 +39,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from codi import CodiModel, load_codi
+from codi.lora import add_lora
 from lm.model import LanguageModel
 
 # A shell starts background jobs with Ctrl-C ignored; the tests that send it must not depend on how they were started.
@@ -200,6 +201,22 @@ def tiny_model(tiny_checkpoint: Callable[..., Path]) -> Callable[..., CodiModel]
         return loaded[key]
 
     return load
+
+
+@pytest.fixture
+def trainable(tiny_model: Callable[..., CodiModel]) -> Callable[..., CodiModel]:
+    """A private copy of a tiny model with fresh LoRA layers whose B is not zero."""
+
+    def make(kind: str = "llama", family: str = "answer-only") -> CodiModel:
+        model = copy.deepcopy(tiny_model(kind, family))
+        add_lora(model.base, r=3, alpha=6)
+        torch.manual_seed(3)
+        for name, parameter in model.base.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.2)
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")

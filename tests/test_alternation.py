@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from experiments.alternation.options import AlternationOptions
 from experiments.alternation.profiles import profiles_of, size_of
 from experiments.alternation.run import main, make_plan, run
 from experiments.alternation.verdict import Result, analyse, overall, summary
-from experiments.statistics.alternation import Profile
+from experiments.statistics.alternation import Profile, alternation
 from experiments.statistics.clusters import Settings
 from experiments.study.prompts import JoinedSplit
 from experiments.study.storage import carrying, parity
@@ -326,3 +326,40 @@ def test_command_writes_tables_figures_and_claims(
     assert "Compute/store alternation:" in capsys.readouterr().out
     main(options)  # goes on: nothing is computed again, the same verdict
     assert pd.read_csv(out / "tests.csv").equals(tests)
+
+
+# --- What a model would have to do (docs/training.md) -----------------------------------------------------------------
+
+
+def pooled_answer(levels: dict[str, Sequence[float]], spread: float = 0.3) -> str:
+    """What the rule says of a model with these values at latents 1..6, measures in units of their spread."""
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(100), 3)
+    signs = {measure.name: measure.predicted for measure in MEASURES}
+    profiles = [
+        Profile(name, np.array(values) + spread * rng.standard_normal((300, 6)), signs[name], 0.05)
+        for name, values in levels.items()
+    ]
+    tests = alternation(profiles, clusters, Settings(resamples=300), least_measures=3)
+    return str(tests["answer"].iloc[-1])
+
+
+def test_storing_is_supported_and_repeating_is_not() -> None:
+    """A model that shows a step's result at even latents and nothing at odd ones is supported, although slots and the
+    attention of the next latent are against it; one whose even latents repeat what odd ones have found is not."""
+    storing = {
+        "intermediate_detection": (0, 0.5, 0, 0.5, 0, 0), "final_detection": (0, 0, 0, 0, 0, 1),
+        "entropy": (1, 0, 1, 0, 1, 0), "ablation_embedding": (0.3, 0, 0.8, 0, 0.8, 0),
+        "ablation_slot": (0.1, 0.3, 0.6, 0.3, 0.6, 0.5), "attention_from_next": (1, 0.3, 1, 0.3, 1, 0.3),
+        "probe_intermediate": (0.1, 0.5, 0.1, 0.6, 0.2, 0.5),
+    }  # fmt: skip
+    repeating = {
+        "intermediate_detection": (0.5, 0.5, 0.5, 0.5, 0, 0), "final_detection": (0, 0, 0, 0, 1, 1),
+        "entropy": (0, 0, 0, 0, 0, 0), "ablation_embedding": (0.1, 0.4, 0.3, 0.4, 0.3, 0.1),
+        "ablation_slot": (0.1, 0.4, 0.2, 0.4, 0.2, 0.5), "attention_from_next": (0.5, 1, 0.5, 1, 0.5, 1),
+        "probe_intermediate": (0.5, 0.5, 0.55, 0.55, 0.5, 0.5),
+    }  # fmt: skip
+    assert pooled_answer(storing) == "supported"
+    assert pooled_answer(repeating) in ("another split explains more", "undecided at this power")
+    turned = {name: (*values[1:], values[0]) for name, values in storing.items()}
+    assert pooled_answer(turned) == "alternates, opposite phase"

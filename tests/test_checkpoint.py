@@ -15,7 +15,7 @@ from conftest import KINDS, LORA_ALPHA, LORA_R, VOCABULARY, make_base, make_stat
 from safetensors.torch import load_file, save_file
 
 from codi import CheckpointError, Protocol, UserError, load_codi, save_checkpoint
-from codi.places import KNOWN
+from codi.known import KNOWN
 from codi.protocol import answer_only, original
 
 FAMILY_OF = {

@@ -169,10 +169,9 @@ def _classes() -> dict[str, type[Options]]:
 
 
 JUDGES = {
-    *("sweep", "eval", "train", "lens detect", "alternation", "findings"),
-    *("necessity", "transfer", "anchors", "early-exit", "patch", "pca", "polynomial", "control sweep",
-      "control transfer"),
-}  # fmt: skip
+    *("sweep", "eval", "train", "lens detect", "alternation", "findings", "published", "polynomial"),
+    *("necessity", "transfer", "anchors", "early-exit", "patch", "pca", "control sweep", "control transfer"),
+}
 """Commands that say which answers are right."""
 
 

@@ -233,7 +233,7 @@ WRITERS: dict[str, list[str]] = {
     "control show": ["control", "show", *LM],
     "control transfer": ["control", "transfer", *LM],
 }
-READERS = {"ask", "findings", "findings-language", "plot", "show", "stats"}
+READERS = {"ask", "findings", "findings-language", "plot", "published", "show", "stats"}
 """Commands that write a run folder, and those that write none or work in folders of other commands."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -197,6 +198,14 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
         ({"last_weights": (0.0,) * 5}, "last-weights must be 5 numbers of 0 or more, not all 0"),
         ({"first_weights": (1.0, 2.0)}, "first-weights must be 5 numbers of 0 or more"),
         ({"init": "no/such-base"}, "base model no/such-base is neither a folder"),
+        ({"lora_dropout": 0.1}, "lora-dropout 0.1 cannot act on merged weights: give --merged False"),
+        ({"lora_dropout": 1.0}, "lora-dropout must be a fraction below 1, got 1"),
+        ({"step_latents": "4:1"}, "latents of step-latents must be in 1..3"),
+        ({"lora_modules": ("q_proj", "c_attn")}, "LoRA modules must be among q_proj, .*, got 'c_attn'"),
+        ({"teacher_lora": True}, "adapter of a given base: give --init"),
+        ({"checkpoint": "trained"}, "needs a base that stays as it is: give --init"),
+        ({"frozen_teacher": True, "problems": 9}, "needs --teacher-weight 0, got 10"),
+        ({"frozen_teacher": True, "teacher_weight": 0.0}, "'arithmetic' is endless: give --problems"),
         ({"teacher": "checkpoints/tiny"}, "neither --init nor --teacher-steps can be given; got 3"),
         ({"teacher": "no/such-model", "teacher_steps": None}, "no/such-model"),
     ],
@@ -278,7 +287,7 @@ def test_published_settings_are_those_of_the_base(bases: dict[str, str], data: s
         assert (found.lora_r, found.lora_alpha, found.weight_decay, found.clip) == (128, 32, 0.1, 2.0)
         assert (found.batch_size, found.teacher_weight, found.teacher_fraction) == (128, 1, 1)
         assert found.teacher_steps == 0 and not found.merged and not found.last_step
-        assert found.step_weight == 0
+        assert found.step_weight == 0 and found.decoder_weight == 0 and found.lora_dropout == 0.1
     assert llama.direct_fraction * llama.direct_weight == 1 and gpt2.direct_fraction == 0
     tiny = resolve(TrainOptions())
     assert tiny == Resolved(preset="tiny") and tiny.merged and tiny.teacher_steps > 0
@@ -288,7 +297,13 @@ def test_what_is_given_beats_the_preset_even_where_it_is_the_default_of_another(
     bases: dict[str, str], data: str
 ) -> None:
     tiny = Resolved()
-    given = {"lora_r": tiny.lora_r, "micro_batch": tiny.micro_batch, "merged": True, "teacher_steps": 5}
+    given = {
+        "lora_r": tiny.lora_r,
+        "micro_batch": tiny.micro_batch,
+        "merged": True,
+        "lora_dropout": 0.0,
+        "teacher_steps": 5,
+    }
     found = resolve(TrainOptions(init=bases["llama"], data=data, **given))  # type: ignore[arg-type]
     assert {name: getattr(found, name) for name in given} == given and found.lora_alpha == 32
     assert resolve(TrainOptions(init=bases["llama"], data=data, steps=7)).epochs == 0
@@ -323,6 +338,64 @@ def test_published_path(
     assert torch.equal(weights[f"codi.base_model.model.{key}.base_layer.weight"], want)
 
 
+def test_a_pretrained_base_with_a_lora_teacher(bases: dict[str, str], tmp_path: Path) -> None:
+    """A pool of word problems, targets found once; what is shipped is what was trained, and a stopped run goes on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = TrainOptions(
+        out=tmp_path / "run", preset="smollm2", init=bases["llama"], data="word-problems", device="cpu", problems=24,
+        teacher_steps=2, steps=4, batch_size=4, micro_batch=2, lora_r=2, prj_dim=8, n_latents=2, eval_every=0,
+        eval_problems=4, length_window=3, lora_modules=("q_proj", "down_proj"), step_weight=1.0,
+    )  # fmt: skip
+    main(config)
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    terms = {r["term"] for r in rows if r["stage"] == "distillation"}
+    assert terms == {"student", "distillation", "step", "total"}  # no teacher is trained along
+    folder = tmp_path / "run" / "checkpoint"
+    assert {path.name for path in folder.iterdir()} == {"codi.json", "trained.safetensors"}
+    settings = json.loads((folder / "codi.json").read_text())
+    assert settings["base"] == os.path.relpath(bases["llama"], folder) and len(settings["base_hash"]) == 64
+    model = load_codi(folder)
+    assert model.protocol.question_suffix == "" and model.n_latents == 2 and not model.notes
+    weights = load_file(folder / "trained.safetensors")
+    assert {name.split(".")[-4] for name in weights if "lora_B" in name} == {"q_proj", "down_proj"}
+    assert all(value.any() for name, value in weights.items() if "lora_B" in name)
+    before = load_file(tmp_path / "run" / "targets.safetensors")
+    assert before["target"].shape[0] == 24
+    (tmp_path / "run" / "distillation.pt").unlink()
+    (tmp_path / "run" / "targets.safetensors").unlink()
+    main(config)  # the same teacher again, from its state file
+    after = load_file(tmp_path / "run" / "targets.safetensors")
+    torch.testing.assert_close(after["target"], before["target"])
+    for name, value in load_file(folder / "trained.safetensors").items():
+        torch.testing.assert_close(value, weights[name], msg=name)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_pool_of_problems_comes_again_in_batches_of_like_length(finished: Path) -> None:
+    model = load_codi(finished / "checkpoint")
+    config = resolve(replace(TOY, problems=40, length_window=5))
+    pool, _, _ = training_data.load_data(config, model)
+    assert pool is not None and len(pool) == 40
+
+    def epoch(config: Resolved, number: int) -> list[list[str]]:
+        steps = range(10 * number, 10 * (number + 1))
+        return [[p.prompt_id for p in training_data.problems_of_step(config, pool, "x", s, 99)] for s in steps]
+
+    names = sorted(p.prompt_id for p in pool)
+    first, second = epoch(config, 0), epoch(config, 1)
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == names and first != second
+    length = {p.prompt_id: len(p.question) + len(p.chain) for p in pool}
+
+    def spread(batches: list[list[str]]) -> int:
+        return sum(max(length[n] for n in batch) - min(length[n] for n in batch) for batch in batches)
+
+    assert spread(first) < 0.5 * spread(epoch(replace(config, length_window=1), 0))
+    config = resolve(replace(TOY, problems=40, epochs=2.0, steps=None))
+    assert training_data.load_data(config, model)[2] == 20
+    with pytest.raises(ValueError, match="at least one batch of 4, got 3"):
+        training_data.load_data(resolve(replace(TOY, problems=3)), model)
+
+
 def test_answers_are_written_in_full() -> None:
     def answer(value: int | float) -> str:
         return training_data.text_of(replace(arithmetic.generate(1)[0], answer=value), "number").answer_text
@@ -344,6 +417,51 @@ def test_the_last_equation_can_be_left_out() -> None:
 def test_the_step_term_leaves_in_time() -> None:
     shares = [training_stage.guidance(step, 1000) for step in (0, 499, 625, 750, 999)]
     assert shares == pytest.approx([1, 1, 0.5, 0, 0])
+    sooner = [training_stage.guidance(step, 1000, 0.3) for step in (0, 199, 250, 300, 999)]
+    assert sooner == pytest.approx([1, 1, 0.5, 0, 0])
+    assert [training_stage.guidance(step, 1000, 1.5) for step in (0, 999)] == [1, 1]
+    assert training_stage.guidance(0, 1000, 0.0) == 0
+
+
+def test_held_out_problems_are_as_long_as_those_trained_on(finished: Path) -> None:
+    model = load_codi(finished / "checkpoint")
+    for weights, lengths in (((1, 1, 1, 1, 1), {3, 4, 5}), ((0, 0, 1, 0, 0), {3}), ((1, 1, 0, 0, 0), {2})):
+        config = resolve(replace(TOY, last_weights=weights, eval_problems=20))
+        assert {len(p.steps) for p in training_data.load_data(config, model)[1]} == lengths
+
+
+def test_an_auxiliary_decoder_is_trained_and_left_out(tmp_path: Path) -> None:
+    main(replace(TOY, out=tmp_path / "run", decoder_weight=1.0, step_weight=0.0))
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    found = [float(row["value"]) for row in rows if row["term"] == "decoder"]
+    assert len(found) == 4 and all(value > 0 for value in found)
+    assert any("decoder" in name for name in torch.load(tmp_path / "run" / "distillation.pt")["weights"])
+    assert not any("decoder" in name for name in state(tmp_path / "run"))
+    load_codi(tmp_path / "run" / "checkpoint")
+
+
+def test_dropout_acts_while_training_only_and_a_stopped_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TOY, lora_dropout=0.5, merged=False, save_every=1, teacher_steps=1)
+    main(replace(config, out=tmp_path / "one"))
+    main(replace(config, out=tmp_path / "none", lora_dropout=None))
+    whole = training_data.problems_of_step
+
+    def failing(*arguments: object) -> object:
+        if arguments[2:4] == ("distillation", 2):
+            raise KeyboardInterrupt
+        return whole(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training_stage, "problems_of_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        main(replace(config, out=tmp_path / "two"))
+    monkeypatch.setattr(training_stage, "problems_of_step", whole)
+    main(replace(config, out=tmp_path / "two"))
+    one, two, none = (state(tmp_path / name) for name in ("one", "two", "none"))
+    assert any(not torch.equal(one[name], none[name]) for name in one)  # it does act
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], msg=name)
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------

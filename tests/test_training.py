@@ -5,49 +5,20 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from training_problems import PROBLEMS, Text
 
 from codi import CodiModel
+from codi.batches import collate
 from codi.checkpoint import load_codi, reference_state, save_checkpoint
-from codi.lora import add_lora
-from codi.training import DistillationLoss, MergedLora, TeacherLoss, _step_ends, collate, cosine_schedule
-
-
-@dataclass(frozen=True)
-class Text:
-    question: str
-    chain: str
-    answer_text: str
-
-
-PROBLEMS = [
-    Text("3+4, then 2 more?", "<<3+4=7>><<7+2=9>>", "9"),
-    Text("9-2?", "<<9-2=7>>", "7"),
-    Text("2*6 and again 5*3 in all?", "<<2*6=12>><<12+15=27>>", "27"),
-]
-
-
-@pytest.fixture
-def trainable(tiny_model: Callable[..., CodiModel]) -> Callable[..., CodiModel]:
-    """A private copy of a tiny model with fresh LoRA layers whose B is not zero."""
-
-    def make(kind: str = "llama", family: str = "answer-only") -> CodiModel:
-        model = copy.deepcopy(tiny_model(kind, family))
-        add_lora(model.base, r=3, alpha=6)
-        torch.manual_seed(3)
-        for name, parameter in model.base.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.2)
-        return model
-
-    return make
+from codi.decoder import StepDecoder
+from codi.merged import MergedLora
+from codi.training import DistillationLoss, TeacherLoss, cosine_schedule
 
 
 def manual_losses(model: CodiModel, problem: Text, n_latents: int, gradient: bool = False) -> dict[str, Any]:
@@ -178,39 +149,83 @@ def test_the_step_term_reads_the_teacher_where_it_writes_results(trainable: Call
     assert float(loss(empty)["step"].detach()) == 0.0
 
 
-def test_a_chain_counts_only_if_every_result_begins_a_token() -> None:
-    class Tokenizer:
-        """One token per character, except that "=7" is one."""
-
-        is_fast = True
-
-        def __call__(self, text: str, **_: Any) -> dict[str, Any]:
-            pieces = re.findall(r"=7|.", text)
-            ends = list(itertools.accumulate(map(len, pieces)))
-            return {"offset_mapping": list(zip([0, *ends[:-1]], ends, strict=True)) if pieces else []}
-
-    chains = ["", "<<1+1=2>>", "<<1+1=2>><<2+5=7>>", "<<1+1=2>><<2+1=3>>"]
-    assert _step_ends(Tokenizer(), chains, 10).tolist() == [[-1, -1], [15, -1], [-1, -1], [15, 24]]
+def guided(model: CodiModel, **options: Any) -> dict[str, float]:
+    """Terms of a loss with the step term alone beside the answer."""
+    settings = {"n_latents": 3, "direct_fraction": 0.0, "merged": False, "step_weight": 1.0, **options}
+    return {
+        name: float(value.detach())
+        for name, value in DistillationLoss(model, **settings)(collate(PROBLEMS, model)).items()
+    }
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_merged_lora_has_the_same_values_and_gradients(trainable: Callable[..., CodiModel], kind: str) -> None:
-    model = trainable(kind, "original")
-    batch = collate(PROBLEMS, model)
-    grads = {}
-    for merged in (False, True):
-        loss = DistillationLoss(model, n_latents=2, merged=merged)
-        loss.zero_grad()
-        value = loss(batch)["total"]
-        value.backward()
-        grads[merged] = (float(value), {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None})
-        if loss.lora is not None:
-            loss.lora.remove()
-    assert grads[True][0] == pytest.approx(grads[False][0], rel=1e-5)
-    assert grads[True][1].keys() == grads[False][1].keys() != set()
-    for name, gradient in grads[False][1].items():
-        error = (grads[True][1][name] - gradient).norm() / gradient.norm().clamp_min(1e-6)
-        assert error < 1e-3, f"{name}: relative error {error:.1e}"
+def test_other_latents_learn_other_steps(trainable: Callable[..., CodiModel]) -> None:
+    """An assignment is the mean over its pairs; the shipped one and the later one are two of them."""
+    model = trainable()
+    single = {pair: guided(model, step_latents=pair)["step"] for pair in ("1:1", "2:1", "2:2", "3:2", "3:3", "4:3")}
+    assert len({round(value, 3) for value in single.values()}) == 5  # step 3 of two-step problems is their last
+    for text, pairs in (("same", ("1:1", "2:2", "3:3")), ("later", ("2:1", "3:2", "4:3")), ("4:3,2:1", ("2:1", "4:3"))):
+        mean = sum(single[pair] for pair in pairs) / len(pairs)
+        assert guided(model, step_latents=text)["step"] == pytest.approx(mean, rel=1e-4), text
+    assert guided(model)["step"] == guided(model, step_latents="same")["step"]
+
+
+def test_a_latent_that_is_to_say_nothing(trainable: Callable[..., CodiModel]) -> None:
+    """KL(all tokens alike ‖ prediction) at that latent: 0 only where all logits are the same."""
+    model = trainable()
+    found = guided(model, step_latents="1:1,2:-")
+    alone = guided(model, step_latents="2:-")
+    assert "step" not in alone and alone["silent"] == pytest.approx(found["silent"], rel=1e-5)
+    with torch.no_grad():
+        run = model.rollout(model.encode([p.question for p in PROBLEMS]), 1)
+        log_p = model.logits(run.states[:, 1]).log_softmax(-1)
+    uniform = torch.full_like(log_p, 1 / log_p.shape[-1])
+    assert alone["silent"] == pytest.approx(float(F.kl_div(log_p, uniform, reduction="batchmean")), rel=1e-4)
+    total = found["student"] + 20 * found["distillation"] + found["teacher"] + found["step"] + found["silent"]
+    assert found["total"] == pytest.approx(total, rel=1e-5)
+    with torch.no_grad():
+        model.base.get_output_embeddings().weight.zero_()
+    assert abs(guided(model, step_latents="2:-")["silent"]) < 1e-5
+
+
+def test_a_teacher_without_weight_has_no_gradient(trainable: Callable[..., CodiModel]) -> None:
+    model = trainable()
+    with_teacher = DistillationLoss(model, n_latents=2, merged=False)(collate(PROBLEMS, model))
+    without = DistillationLoss(model, n_latents=2, merged=False, teacher_weight=0.0)(collate(PROBLEMS, model))
+    assert "teacher" in with_teacher and "teacher" not in without
+    assert float(without["distillation"]) == pytest.approx(float(with_teacher["distillation"]), rel=1e-5)
+
+
+def test_a_decoder_reads_latents(trainable: Callable[..., CodiModel]) -> None:
+    """Its loss reaches projection and LoRA through the latents, and is weighted."""
+    model = trainable()
+    model.prj.requires_grad_(True)
+    torch.manual_seed(0)
+    decoder = StepDecoder(model, 1)
+    loss = DistillationLoss(
+        model, n_latents=3, direct_fraction=0.0, merged=False, decoder=decoder, decoder_weight=0.5
+    )  # fmt: skip
+    batch = collate(PROBLEMS, model, steps=True)
+    got = loss(batch)
+    total = got["student"] + 20 * got["distillation"] + got["teacher"] + 0.5 * got["decoder"]
+    assert float(got["total"].detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+    # latent 1 has the first steps of three problems to write, latent 2 the second ones of two; the third has none
+    assert batch.step_ids is not None and batch.step_mask is not None
+    with torch.no_grad():
+        run = model.rollout(model.encode([p.question for p in PROBLEMS]), 3)
+        assert run.embeddings is not None
+        alone = [
+            float(decoder(model, run.embeddings[[row], k], batch.step_ids[[row], k], batch.step_mask[[row], k]))
+            for row, k in ((0, 0), (1, 0), (2, 0), (0, 1), (2, 1))
+        ]
+    assert float(got["decoder"].detach()) == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+    weights = {name: p for name, p in loss.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(got["decoder"], list(weights.values()), allow_unused=True)
+    reached = {name.split(".")[0] for name, g in zip(weights, gradients, strict=True) if g is not None and g.any()}
+    assert reached == {"decoder", "base", "prj"}
+    assert not any("decoder" in name for name in reference_state(model))  # no part of a checkpoint
+    later = DistillationLoss(model, n_latents=3, merged=False, decoder=decoder, decoder_latents="3:1")(batch)
+    third = decoder(model, run.embeddings[:, 2], batch.step_ids[:, 0], batch.step_mask[:, 0])
+    assert float(later["decoder"].detach()) == pytest.approx(float(third.detach()), rel=1e-4)
 
 
 def test_only_lora_and_projection_learn(trainable: Callable[..., CodiModel]) -> None:
@@ -267,11 +282,7 @@ def test_schedule() -> None:
 
 def test_mistakes(trainable: Callable[..., CodiModel]) -> None:
     model = trainable()
-    with pytest.raises(ValueError, match="at least one problem"):
-        collate([], model)
     with pytest.raises(ValueError, match="n_latents must be at least 1"):
         DistillationLoss(model, n_latents=0)
     with pytest.raises(ValueError, match="direct_fraction"):
         TeacherLoss(model, direct_fraction=1.0)
-    with pytest.raises(ValueError, match="no LoRA layers"):
-        MergedLora(torch.nn.Linear(2, 2))

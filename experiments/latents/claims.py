@@ -12,13 +12,10 @@ from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import Selector, compare
 from experiments.statistics.sizes import Smallest
 from experiments.study.storage import carrying
-from experiments.study.verdicts import Question, no_room
+from experiments.study.verdicts import MARGIN, Question, no_room
 
 __all__ = ["CLAIMED", "MARGIN", "STAR", "claimed_latents", "number_questions", "sizes_table"]
 
-MARGIN = 0.02
-"""A change of accuracy by less than this (two points) counts as none, in claims that there is one and that there is
-none."""
 STAR = "* q < 0.05, and the whole interval beyond the size that matters"
 """What a star says, wherever one stands beside an effect."""
 CLAIMED = carrying("embedding")

@@ -20,10 +20,15 @@ from experiments.study.claims import VERDICTS
 from experiments.study.folder import write_whole
 from experiments.study.result import FILE, FigureFiles, Result, Section
 
-__all__ = ["REFUSED", "Found", "claims_table", "demoted", "found", "refusals", "section", "write_page"]
+__all__ = [
+    "NOT_RUN", "REFUSED", "VERDICT_WORDS", "Found", "claims_table", "counts", "demoted", "found", "pictures_of",
+    "refusals", "row", "section", "write_below", "write_page",
+]  # fmt: skip
 
 REFUSED = "refused.json"
 """In the folder of all studies: name of a study -> why it could not be made on this model."""
+NOT_RUN = "Not run on this model: "
+"""Begins what is said of a study that was refused."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def found(out: Path, entries: Sequence[Entry]) -> list[Found]:
             except ValueError as error:
                 known.append(Found(entry, lacking=f"{error}."))
         elif entry.name in refused:
-            known.append(Found(entry, lacking=f"Not run on this model: {refused[entry.name]}"))
+            known.append(Found(entry, lacking=f"{NOT_RUN}{refused[entry.name]}"))
         elif (folder / "manifest.json").exists() or (folder / "printed.md").exists():
             again = f"run `codi {entry.words}` (or `codi findings --only {entry.name}`) again"
             known.append(
@@ -87,18 +92,22 @@ def shown(section: Section) -> str:
     return demoted(section.markdown())
 
 
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
 def claims_table(known: Sequence[Found]) -> list[str]:
     """The claims of all studies in one Markdown table; no lines if there are none."""
     rows = []
     for one in known:
         for claim in (one.result.claims if one.result else None) or ():
             number = "–" if claim.verdict == "not testable" else claim.number
-            cells = (one.entry.called(), claim.name, claim.statement, number, f"**{claim.answer}**")
-            rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+            rows.append(row(one.entry.called(), claim.name, claim.statement, number, f"**{claim.answer}**"))
     return ["| study | claim | statement | number | verdict |", "|---|---|---|---|---|", *rows] if rows else []
 
 
-_VERDICTS = (
+VERDICT_WORDS = (
     "**Held**: the whole interval lies on the claimed side; of a claim that something is absent, within the size that",
     "its rule states. **Not held**: the whole interval lies on the other side, or beyond that size. **Undecided**: it",
     "reaches across, so that this run is too small to say. **Not testable**: model or data cannot answer at all. Where",
@@ -107,7 +116,7 @@ _VERDICTS = (
 )
 
 
-def _counts(known: Sequence[Found]) -> str:
+def counts(known: Sequence[Found]) -> str:
     """How many claims got which verdict."""
     verdicts = [claim.verdict for one in known for claim in (one.result.claims if one.result else None) or ()]
     return f"{len(verdicts)} claims: " + ", ".join(f"{verdicts.count(name)} {name}" for name in VERDICTS) + "."
@@ -142,8 +151,42 @@ def pictures(one: Found) -> list[FigureFiles]:
     return [figure for name in one.entry.figures for figure in there if fnmatchcase(figure.name, name)]
 
 
+def pictures_of(page: Path, one: Found) -> dict[str, str]:
+    """Copy the figures of a study beside the page: name of each -> where the page finds it."""
+    places = {}
+    for figure in pictures(one):
+        assert one.result is not None
+        picture = next(file for file in figure.files if file.endswith(".png"))
+        target = page.with_suffix("") / f"{one.entry.name}-{figure.name}.png"
+        write_whole(target, (one.result.path / picture).read_bytes())
+        places[figure.name] = f"{page.stem}/{target.name}"
+    return places
+
+
+def write_below(page: Path, lines: Sequence[str], title: str) -> str:
+    """Write a page anew below its marker line.
+
+    Args:
+        page: its file; what stands above the marker line is kept.
+        lines: what stands below it.
+        title: of a new page.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: the file is somebody else's.
+        OSError: it cannot be written.
+    """
+    check_page(page)
+    before = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n\n{MARKER}\n"
+    text = "\n".join([before.split(MARKER)[0].rstrip(), "", MARKER, "", *lines]).rstrip() + "\n"
+    write_whole(page, text.encode())
+    return text
+
+
 def write_page(page: Path, known: Sequence[Found], model: str) -> str:
-    """Write the page and copy its figures.
+    """Write the page of one model (or of ordinary language models) and copy its figures.
 
     Args:
         page: its file; what stands above the marker line is kept.
@@ -154,24 +197,13 @@ def write_page(page: Path, known: Sequence[Found], model: str) -> str:
         The page.
 
     Raises:
-        ValueError: the file is somebody else's.
-        OSError: it cannot be written.
+        ValueError, OSError: as `write_below`.
     """
     check_page(page)
-    before = page.read_text(encoding="utf-8") if page.exists() else f"# What the studies show: {model}\n\n{MARKER}\n"
-    parts = [before.split(MARKER)[0].rstrip(), "", MARKER, ""]
+    parts: list[str] = []
     claims = claims_table(known)
     if claims:
-        parts += ["## Published claims", "", *_VERDICTS, "", _counts(known), "", *claims, ""]
+        parts += ["## Published claims", "", *VERDICT_WORDS, "", counts(known), "", *claims, ""]
     for one in known:
-        places = {}
-        for figure in pictures(one):
-            assert one.result is not None
-            picture = next(file for file in figure.files if file.endswith(".png"))
-            target = page.with_suffix("") / f"{one.entry.name}-{figure.name}.png"
-            write_whole(target, (one.result.path / picture).read_bytes())
-            places[figure.name] = f"{page.stem}/{target.name}"
-        parts += section(one, places)
-    text = "\n".join(parts).rstrip() + "\n"
-    write_whole(page, text.encode())
-    return text
+        parts += section(one, pictures_of(page, one))
+    return write_below(page, parts, f"What the studies show: {model}")

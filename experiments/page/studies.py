@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.commands import COMMANDS
 from experiments.study.option_class import Options
 
-__all__ = ["LANGUAGE_STUDIES", "STUDIES", "Entry"]
+__all__ = ["DATA_SETS", "LANGUAGE_STUDIES", "PUBLISHED_STUDIES", "STUDIES", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Entry:
         figures: names of the figures that are shown, in this order; "curves-*" is every one that begins so.
         reads: options that name a folder which another study wrote, each with that study.
         model: of a page about several models, the one that it is run on.
+        compared: it belongs to comparisons of several models; on the page of one it stands only where it is asked for.
     """
 
     name: str
@@ -32,12 +34,20 @@ class Entry:
     figures: tuple[str, ...] = ()
     reads: tuple[tuple[str, str], ...] = ()
     model: str = ""
+    compared: bool = False
 
-    def on(self, model: str) -> Entry:
-        """The same study on one of several models, its folder and pictures named after both."""
+    def on(self, model: str, plain: Collection[str] = ()) -> Entry:
+        """The same study on one of several models, its folder and pictures named after both.
+
+        Args:
+            model: folder or hub id.
+            plain: studies whose folder is named after the study alone.
+        """
         label = Path(model).name
-        reads = tuple((option, f"{label}-{study}") for option, study in self.reads)
-        return dataclasses.replace(self, name=f"{label}-{self.name}", reads=reads, model=model)
+        studies = (self.name, *(study for _, study in self.reads))
+        names = {study: study if study in plain else f"{label}-{study}" for study in studies}
+        reads = tuple((option, names[study]) for option, study in self.reads)
+        return dataclasses.replace(self, name=names[self.name], reads=reads, model=model)
 
     def called(self, before: str = "") -> str:
         """Its command, with a word before it, and the model where the page is about several."""
@@ -78,7 +88,40 @@ STUDIES: tuple[Entry, ...] = (
     Entry("anchors", ("anchors",), "Which latent the answer hangs on, who reads whom.", ("importance", "dependencies")),
     Entry("early-exit", ("early-exit",), "Answering after each latent.", ("early-exit",)),
     Entry("pca", ("pca",), "Components, and where each edit's effect goes.", ("components", "where")),
+    Entry(
+        "sweep",
+        ("sweep", "--limit", "100", "--coefficients", "-1", "1"),
+        "Does adding a difference of latents ever help, to the cache or to what is fed?",
+        ("*-difference-c1",),
+        compared=True,
+    ),  # fmt: skip
 )
+
+DATA_SETS = {
+    "gsm8k": "openai/gsm8k",
+    "svamp": "ChilleD/SVAMP",
+    "multiarith": "ChilleD/MultiArith",
+    "gsm-hard": "juyoung-trl/gsm-hard",
+}
+"""What the published models were evaluated on: name here -> hub id."""
+_AS_PUBLISHED = ("--split", "published", "--answers", "published", "--max-new-tokens", "256")
+_ACCURACY = ("--modes", "latent", "--latents", "6", *_AS_PUBLISHED)
+_SEED_STUDY = ("--legacy", "--limit", "1000", "--derivation-task", "zen-E/GSM8k-Aug", "--derivation", "500")
+PUBLISHED_STUDIES: tuple[Entry, ...] = (
+    *(
+        Entry(
+            f"{name}-{mask}",
+            ("eval", "--task", task, "--mask", mask, *_ACCURACY),
+            f"How often is the answer to {name} right, with the mask {mask}?",
+        )
+        for name, task in DATA_SETS.items()
+        for mask in ("carried", "published")
+    ),
+    Entry("grid-legacy", ("sweep", *_SEED_STUDY), "The seed study's grids as it made them.", ("*-difference-c1",)),
+    Entry("grid", ("sweep", "--task", "templates"), "The same grids, corrected.", ("*-difference-c1",)),
+    *(entry for entry in STUDIES if not entry.compared),
+)
+"""What `codi published` runs on every published checkpoint: accuracy, the seed study's grids, the studies."""
 
 VECTORS = ("--vectors", "control-derive")
 COT = ("--vectors", "cot-derive")

@@ -124,13 +124,17 @@ class ModelOptions(Options):
         if "/" not in self.model and not Path(self.model).expanduser().exists():  # a hub id is owner/name
             raise ValueError(f"no checkpoint {self.model!r}: no such folder, and a hub id has the form owner/name")
 
-    def known_latents(self) -> int | None:
-        """Latents of the model, read from its folder without loading it; None: the folder does not say."""
+    def recorded(self, name: str) -> Any:
+        """An entry of the codi.json in the model's folder, without loading it; None: the folder does not say."""
         file = Path(self.model).expanduser() / "codi.json"
         try:
-            number = json.loads(file.read_text(encoding="utf-8")).get("n_latents")
+            return json.loads(file.read_text(encoding="utf-8")).get(name)
         except (OSError, ValueError, AttributeError):  # no folder of ours, or a damaged one: loading it says so
             return None
+
+    def known_latents(self) -> int | None:
+        """Latents of the model, read from its folder without loading it; None: the folder does not say."""
+        number = self.recorded("n_latents")
         return number if isinstance(number, int) else None
 
 
@@ -159,8 +163,8 @@ class QuestionOptions(Options):
     LATER: ClassVar[frozenset[str]] = frozenset({"reach", "decimal_comma"})
 
     task: str = "templates"
-    """Task of the prompts: templates, arithmetic, polynomial (polynomial:m=97,b=3 for other constants than m=50,b=7), a
-    file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
+    """Task of the prompts: templates, arithmetic, word-problems, polynomial (with other constants than m=50,b=7 such as
+    polynomial:m=97,b=3), a file (prompts.json, GSM8K .jsonl, …), a folder or a hub id."""
     min_steps: int | None = None
     """Only problems of at least this many steps (polynomial: hops, 2 or more left alone); None: no bound. Not used for
     templates."""

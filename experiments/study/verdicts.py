@@ -32,7 +32,11 @@ from experiments.statistics.equivalence import Judgement, judge_absence, judge_p
 from experiments.statistics.families import family_intervals, family_text
 from experiments.study.claims import Claim, effect_claim
 
-__all__ = ["Question", "judged_together", "no_room"]
+__all__ = ["MARGIN", "Question", "judged_together", "no_room"]
+
+MARGIN = 0.02
+"""A change of accuracy by less than this (two points) counts as none, in claims that there is one and that there is
+none."""
 
 Side = Literal["both", "above", "below"]
 

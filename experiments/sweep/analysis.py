@@ -1,4 +1,4 @@
-"""Every table of a sweep at once, from its trials.
+"""Every table of a sweep at once, from its trials, and the claims that rest on them.
 
 What it does not know: files, figures (heatmaps.py), sentences (summary.py), how a table is made (cells.py,
 structure.py).
@@ -12,10 +12,12 @@ from typing import TypeVar
 import pandas as pd
 
 from experiments.statistics.clusters import Settings
+from experiments.study.claims import ClaimsTable
 from experiments.study.edits.cells import cell_statistics, control_statistics
 from experiments.study.edits.pairing import families, named
 from experiments.study.edits.verdicts import judge_cells
 from experiments.study.progress import Bar, no_bar
+from experiments.sweep.claims import claims_of
 from experiments.sweep.structure import (
     marginal_effects,
     rank_consistency,
@@ -47,6 +49,8 @@ class Analysis:
     visibility: pd.DataFrame
     """What the baselines hide, one row per family and baseline."""
     settings: Settings
+    claims: ClaimsTable
+    """Does steering ever help, a claim per family."""
 
 
 def analyse(trials: pd.DataFrame, settings: Settings | None = None, bar: Bar = no_bar) -> Analysis:
@@ -72,6 +76,8 @@ def analyse(trials: pd.DataFrame, settings: Settings | None = None, bar: Bar = n
         correlations = done(rank_correlations(paired))
         consistency = done(rank_consistency(paired, settings))
         variance = done(variance_shares(paired, settings))
+    evidence = named(paired, [pd.DataFrame(one.evidence) for one in verdicts])
+    power = named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts])
     return Analysis(
         cells=cells,
         controls=controls,
@@ -80,8 +86,9 @@ def analyse(trials: pd.DataFrame, settings: Settings | None = None, bar: Bar = n
         consistency=consistency,
         variance=variance,
         symmetry=sign_symmetry(cells),
-        evidence=named(paired, [pd.DataFrame(one.evidence) for one in verdicts]),
-        power=named(paired, [one.power.rename(columns={"group": "coefficient"}) for one in verdicts]),
+        evidence=evidence,
+        power=power,
         visibility=named(paired, [pd.DataFrame(one.visibility) for one in verdicts]),
         settings=settings,
+        claims=claims_of(paired, cells, evidence, power, settings),
     )

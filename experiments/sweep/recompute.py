@@ -50,7 +50,8 @@ def load_trials(run: Path) -> pd.DataFrame:
 
 
 def write(analysis: Analysis, run: Path) -> list[Path]:
-    """Writes cells.parquet, cells.csv and statistics/*.csv with settings.json; each file whole or not at all."""
+    """Writes cells.parquet, cells.csv, claims.* and statistics/*.csv with settings.json; each file whole or not at
+    all."""
     folder = RunFolder(run)
     written = [
         folder.write("cells.parquet", analysis.cells.to_parquet(index=False)),
@@ -60,7 +61,7 @@ def write(analysis: Analysis, run: Path) -> list[Path]:
     for name in TABLES:
         table: pd.DataFrame = getattr(analysis, name)
         written.append(folder.write(f"statistics/{name}.csv", table.to_csv(index=False).encode()))
-    return written
+    return [*written, *analysis.claims.write(folder.write)]
 
 
 def settings_of(run: Path, given: SettingOptions | None = None) -> Settings:
@@ -83,7 +84,7 @@ def settings_of(run: Path, given: SettingOptions | None = None) -> Settings:
 # --- The result -------------------------------------------------------------------------------------------------------
 
 
-def report(analysis: Analysis, run: Path) -> str:
+def report(analysis: Analysis, run: Path) -> tuple[Result, str]:
     """Write result.json and summary.md of a run folder whose tables are written; the text is what is printed."""
     folder = RunFolder(run)
     manifest = folder.manifest() if folder.manifest_path.exists() else {}
@@ -93,7 +94,7 @@ def report(analysis: Analysis, run: Path) -> str:
         for path in figure_paths(run)
         if path.stem in said
     ]
-    Result(
+    result = Result(
         study="sweep",
         title="Steering sweep",
         command=_command(manifest.get("config", {}), run),
@@ -102,10 +103,12 @@ def report(analysis: Analysis, run: Path) -> str:
         sections=tuple(sections(analysis)),
         tables={"cells": analysis.cells, **{f"statistics/{name}": getattr(analysis, name) for name in TABLES}},
         figures=tuple(figures),
-    ).write(folder.write)
+        claims=analysis.claims,
+    )
+    result.write(folder.write)
     text = summary(analysis, run=run)
     folder.write("summary.md", (text + "\n").encode())
-    return text
+    return result, text
 
 
 def _command(config: Mapping[str, Any], run: Path) -> str:
@@ -124,7 +127,7 @@ def main(options: StatsOptions) -> None:
     trials = load_trials(options.run)
     analysis = analyse(trials, settings_of(options.run, options), progress)
     write(analysis, options.run)
-    print(report(analysis, options.run))
+    print(report(analysis, options.run)[1])
     if options.calibrate:
         table = calibration(families(trials), analysis.settings)
         RunFolder(options.run).write_table("statistics/calibration", table)

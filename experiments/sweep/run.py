@@ -13,7 +13,6 @@ Runs as `codi sweep` or `python -m experiments.sweep`.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import resource
 import sys
@@ -32,7 +31,8 @@ from experiments.study.folder import RunFolder
 from experiments.study.parts import Executor, Part, Recipe, Workbench, run_here
 from experiments.study.progress import progress
 from experiments.study.prompts_file import write_prompts
-from experiments.study.run import fill
+from experiments.study.result import Result
+from experiments.study.run import fill, to_stderr
 from experiments.study.thoughts import collect_means
 from experiments.sweep.analysis import analyse
 from experiments.sweep.options import SweepOptions
@@ -47,22 +47,40 @@ if TYPE_CHECKING:
     from codi import CodiModel
     from codi.edits import EditTable
 
-__all__ = ["latent_means", "main", "parts", "sweep", "trials_of", "tried_directions", "unsteered"]
+__all__ = ["latent_means", "main", "parts", "run", "sweep", "trials_of", "tried_directions", "unsteered"]
 
 Means = tuple[LatentMeans, ControlDraws | None]
 
 
 def main(options: SweepOptions) -> None:
     """Entry point: run or continue the sweep, then statistics, figures and summary, printed."""
-    model = options.load()
-    say = functools.partial(tqdm.write, file=sys.stderr)  # leaves the progress bar whole
+    result = run(options, say=to_stderr)
+    print((result.path / "summary.md").read_text(encoding="utf-8"), end="")
+
+
+def run(
+    options: SweepOptions, model: CodiModel | None = None, say: Callable[[str], None] = lambda line: None
+) -> Result:
+    """The whole sweep, or the rest of it: trials, statistics, figures, result.json and summary.md.
+
+    Args:
+        options: what is asked for.
+        model: already loaded as the options say; None: it is loaded.
+        say: called with lines for a person.
+
+    Raises:
+        ValueError, OSError: as `resolve` and `RunFolder.open`.
+    """
+    handed_over = model is not None
+    model = model or options.load()
     plan = resolve(options, model)
+    bench = Workbench(model, plan.split, None if handed_over else _recipe(options, plan))
     try:
-        folder = carry_out(plan, Workbench(model, plan.split, _recipe(options, plan)), say)
+        folder = carry_out(plan, bench, say)
     except KeyboardInterrupt:
         say(f"\ninterrupted; finished parts are in {options.out}, the same command goes on from them")
         raise
-    conclude(folder, plan, say)
+    return conclude(folder, plan)
 
 
 def sweep(options: SweepOptions, model: CodiModel, say: Callable[[str], None] = lambda line: None) -> RunFolder:
@@ -211,15 +229,15 @@ def _stored_means(folder: RunFolder, plan: Plan, space: Space, bench: Workbench,
     return means, draws
 
 
-def conclude(folder: RunFolder, plan: Plan, say: Callable[[str], None]) -> None:
-    """Statistics, figures, result.json and the printed summary of a finished trial table."""
+def conclude(folder: RunFolder, plan: Plan) -> Result:
+    """Statistics, figures, result.json and summary.md of a finished trial table."""
     analysis = analyse(read_trials(folder), Settings(seed=plan.grid.seed), progress)
     write(analysis, folder.path)
     if plan.plots:
         from experiments.sweep.draw import draw
 
         draw(analysis, folder.path, bar=progress)
-    print(report(analysis, folder.path))
+    return report(analysis, folder.path)[0]
 
 
 # --- For a person -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Problems to be answered: the `Problem` record, and `load_task`, which finds them by name, by file or by hub id.
 
-Generated tasks ("arithmetic", "polynomial", "templates") need no files; data sets are read by
+Generated tasks ("arithmetic", "polynomial", "templates", "word-problems") need no files; data sets are read by
 experiments/tasks/readers. Knows nothing about models: the sentence that a checkpoint expects after a question is passed
 in as `suffix` (`model.protocol.question_suffix`).
 """
@@ -27,20 +27,22 @@ __all__ = [
     "is_correct",
     "is_endless",
     "load_task",
+    "most_steps",
     "split_by_cluster",
     "with_suffix",
 ]
 
-TASK_NAMES = ("arithmetic", "polynomial", "templates")
+TASK_NAMES = ("arithmetic", "polynomial", "templates", "word-problems")
 """The generated tasks (polynomial also with constants, "polynomial:m=97,b=3"); all else is a path or a hub id."""
 GENERATED_SPLITS = {
     "arithmetic": ("train", "derivation", "test"),
     "polynomial": ("train", "derivation", "test"),
     "templates": ("test", "derivation", "all"),
+    "word-problems": ("train", "derivation", "test"),
 }
 """Splits that the generators make."""
 ENDLESS_COUNT = 1000
-"""Problems of an endless task ("arithmetic", "polynomial") when no limit is given."""
+"""Problems of an endless task when no limit is given."""
 
 STEPS_HELP = (
     'give every record a field \'steps\' with its equations in order, such as ["7+5=12", "12*3=36"], or one text '
@@ -63,9 +65,9 @@ def load_task(
     """Problems of a task.
 
     Args:
-        task: "arithmetic", "polynomial" (or with other constants "polynomial:m=97,b=3") or "templates" (generated), or
-            a path to a file or folder, or a hub id such as "openai/gsm8k". A hub id may carry a configuration after a
-            colon: "openai/gsm8k:main".
+        task: "arithmetic", "polynomial" (or with other constants "polynomial:m=97,b=3"), "templates" or "word-problems"
+            (generated), or a path to a file or folder, or a hub id such as "openai/gsm8k". A hub id may carry a
+            configuration after a colon: "openai/gsm8k:main".
         split: split of the generator ("train", "derivation", "test"; see there) or of the data set; "published" is the
             one that the published CODI evaluation of a hub data set reads. A single local file has no splits and is
             read whole (`split_by_cluster` makes two parts of it); a split that no command asks for is refused.
@@ -129,7 +131,16 @@ def is_endless(task: str) -> bool:
     Raises:
         ValueError: see `generator_of`.
     """
-    return generator_of(task) in ("arithmetic", "polynomial")
+    return generator_of(task) in ("arithmetic", "polynomial", "word-problems")
+
+
+def most_steps(task: str) -> int:
+    """Steps (hops) of the longest problems of an endless task."""
+    from experiments.tasks import arithmetic, polynomial, word_problems
+
+    if task == word_problems.NAME:
+        return word_problems.MAX_STEPS
+    return arithmetic.MAX_STEPS if task == "arithmetic" else polynomial.MAX_HOPS
 
 
 def endless(task: str, seed: int | str, split: str, weights: Sequence[float]) -> Iterator[Problem]:
@@ -139,10 +150,13 @@ def endless(task: str, seed: int | str, split: str, weights: Sequence[float]) ->
         task: for which `is_endless` holds.
         seed: the same seed gives the same problems.
         split: "train", "derivation" or "test".
-        weights: relative frequency of problems of 1, 2, 3, 4 and 5 steps (hops).
+        weights: relative frequency of problems of 1, 2, 3, 4 and 5 steps (hops); those that the task does not have are
+            left out.
     """
-    from experiments.tasks import arithmetic, polynomial
+    from experiments.tasks import arithmetic, polynomial, word_problems
 
+    if task == word_problems.NAME:
+        return word_problems.stream(seed, split, weights=weights[: word_problems.MAX_STEPS])
     kind = polynomial.parse(task)
     if kind is None:
         return arithmetic.stream(seed, split, weights=weights)
@@ -230,13 +244,16 @@ def _generate(
     max_steps: int | None,
     reach: int | None,
 ) -> list[Problem]:
-    from experiments.tasks import arithmetic, polynomial, templates
+    from experiments.tasks import arithmetic, polynomial, templates, word_problems
 
     count = ENDLESS_COUNT if limit is None else limit
     if task == "arithmetic":
         low = 1 if min_steps is None else min_steps
         high = arithmetic.MAX_STEPS if max_steps is None else max_steps
         return arithmetic.generate(count, seed, split, low, high, 1 if reach is None else reach)
+    if task == word_problems.NAME:
+        most = word_problems.MAX_STEPS if max_steps is None else max_steps
+        return word_problems.generate(count, seed, split, min_steps or 1, most, reach or 1)
     if (kind := polynomial.parse(task)) is not None:
         high = polynomial.HOPS[1] if max_steps is None else max_steps
         low = min(polynomial.HOPS[0], high) if min_steps is None else min_steps

@@ -6,13 +6,14 @@ Knows nothing about models but the sentence that a checkpoint expects after a qu
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from codi.model import CodiModel
-from experiments.tasks import STEPS_HELP, Reading, endless, is_endless, load_task
+from experiments.tasks import STEPS_HELP, Reading, endless, is_endless, load_task, most_steps
 from experiments.tasks.problem import Problem
 from experiments.train.options import Resolved
 from lm.errors import UserError
@@ -22,7 +23,7 @@ __all__ = ["Text", "load_data", "micro_batches", "problems_of_step", "text_of"]
 
 @dataclass(frozen=True)
 class Text:
-    """A training problem as codi.training reads it."""
+    """A training problem as codi.batches reads it."""
 
     question: str
     chain: str
@@ -39,10 +40,18 @@ def text_of(problem: Problem, style: str, last_step: bool = True) -> Text:
 def load_data(config: Resolved, model: CodiModel) -> tuple[list[Problem] | None, list[Problem], int]:
     """Training problems (None: an endless generator), held-out problems and the number of distillation steps."""
     if is_endless(config.data):
-        lengths = [n for n, weight in enumerate(config.last_weights, 1) if weight > 0]
-        long = [n for n in lengths if n >= 3] or lengths[-1:]
+        most = most_steps(config.data)
+        lengths = [n for n, weight in enumerate(config.last_weights, 1) if weight > 0 and n <= most]
+        if not lengths:
+            raise UserError(f"last-weights ask for no problems of 1..{most} steps, the ones that {config.data} has")
+        long = [n for n in lengths if 2 * n > most] or lengths[-1:]
         held_out = load_task(config.data, "test", config.eval_problems, 1, min_steps=min(long), max_steps=max(long))
-        return None, held_out, config.steps
+        if not config.problems:
+            return None, held_out, config.steps
+        pool = list(itertools.islice(endless(config.data, config.seed, "train", config.last_weights), config.problems))
+        if len(pool) < config.batch_size:
+            raise UserError(f"problems must be at least one batch of {config.batch_size}, got {config.problems}")
+        return pool, held_out, _n_steps(config, pool)
     reading = Reading(config.answers, config.decimal_comma)
     suffix = model.protocol.question_suffix
     loaded = load_task(config.data, "train", None, config.seed, suffix, decimal_comma=config.decimal_comma)
@@ -55,8 +64,12 @@ def load_data(config: Resolved, model: CodiModel) -> tuple[list[Problem] | None,
         )
     random.Random(config.seed).shuffle(problems)
     held_out, problems = problems[: config.eval_problems], problems[config.eval_problems :]
-    n_steps = round(config.epochs * (len(problems) // config.batch_size)) or 1 if config.epochs else config.steps
-    return problems, held_out, n_steps
+    return problems, held_out, _n_steps(config, problems)
+
+
+def _n_steps(config: Resolved, problems: Sequence[Problem]) -> int:
+    """Distillation steps on a finite number of problems."""
+    return round(config.epochs * (len(problems) // config.batch_size)) or 1 if config.epochs else config.steps
 
 
 def problems_of_step(
@@ -70,8 +83,15 @@ def problems_of_step(
         return [next(stream) for _ in range(config.batch_size)]
     per_epoch = max(1, len(data) // config.batch_size)
     epoch, index = divmod(step, per_epoch)
-    order = _order(f"{config.seed}-{stage}-{epoch}", len(data))
-    return [data[i] for i in order[index * config.batch_size : (index + 1) * config.batch_size]]
+    seed, size = f"{config.seed}-{stage}-{epoch}", config.batch_size
+    block, place = divmod(index, config.length_window)
+    first = block * config.length_window
+    last = min(first + config.length_window, per_epoch)
+    drawn = [data[i] for i in _order(seed, len(data))[first * size : last * size]]
+    if config.length_window > 1:  # batches of problems alike in length, in an order of their own
+        drawn.sort(key=lambda problem: len(problem.question) + len(problem.chain))
+        place = random.Random(f"{seed}-{block}").sample(range(last - first), last - first)[place]
+    return drawn[place * size : (place + 1) * size]
 
 
 @functools.lru_cache(maxsize=1)

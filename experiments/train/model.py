@@ -20,7 +20,7 @@ from codi.parts import Projection
 from codi.places import locate
 from codi.protocol import answer_only, original
 from codi.tokenizer import CODI_SPECIAL_TOKENS, build_tokenizer
-from experiments.tasks import arithmetic, generator_of, polynomial, templates
+from experiments.tasks import arithmetic, generator_of, is_endless, polynomial, templates
 from experiments.train.options import Resolved
 from lm.tokenizer import read_tokenizer
 
@@ -67,7 +67,7 @@ def build_model(config: Resolved, attention: str) -> tuple[CodiModel, int, Any]:
         tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": [bot, eot]})
         ids = tokenizer.convert_tokens_to_ids([pad, bot, eot])
         protocol = answer_only(ids[0], ids[1], ids[2], tokenizer.eos_token_id)
-        if not config.init:
+        if not config.init or is_endless(config.data):  # questions of our own end as they are
             protocol = replace(protocol, question_suffix="")
     else:
         protocol = original(vocabulary, tokenizer.eos_token_id, with_eos=config.protocol == "original-eos")
@@ -95,7 +95,7 @@ def base_reference(config: Resolved) -> str | None:
     if config.teacher:
         place = locate(config.teacher, None)
         return None if place.base_folder.is_relative_to(place.folder) else place.base_name
-    if config.init and not config.teacher_steps:
+    if config.init and (config.teacher_lora or not config.teacher_steps):
         return str(Path(config.init).resolve()) if Path(config.init).is_dir() else config.init
     return None
 

@@ -22,10 +22,14 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from transformers import AutoConfig
 
 from codi.checkpoint import reference_state, save_checkpoint
+from codi.decoder import StepDecoder
 from codi.lora import add_lora
 from codi.model import CodiModel
+from codi.places import base_folder
+from codi.trained import Base, base_hash, save_trained
 from codi.training import DistillationLoss, TeacherLoss
 from experiments.study.folder import RunFolder, fingerprint, open_run, versions
 from experiments.study.options import identity_of
@@ -36,6 +40,7 @@ from experiments.train.data import load_data
 from experiments.train.model import base_reference, build_model, freeze_in_bfloat16, frozen_base
 from experiments.train.options import Resolved, TrainOptions, check_folder, micro_batch_of, resolve
 from experiments.train.stage import Stage, run_stage
+from experiments.train.targets import targets_of
 from lm.cache import GROUPED_ATTENTION
 from lm.errors import UserError
 
@@ -103,35 +108,43 @@ def _train(config: Resolved, accelerator: Accelerator, cpu: bool) -> Path:
     model.base.to(accelerator.device)
     model.prj.to(accelerator.device)
     data, held_out, n_steps = load_data(config, model)
+    if config.teacher_lora:
+        _give_lora(model, config, accelerator, base_stays=True)
     if config.teacher_steps:
         stage = Stage("teacher", config.teacher_steps, config.teacher_lr, config.teacher_weight_decay, (0.9, 0.95))
         run_stage(stage, TeacherLoss(model, config.direct_fraction), model, config, data, held_out, accelerator)
     reference = base_reference(config)
     base: Any = frozen_base(model, vocabulary) if reference is None else reference
-    _distil(model, config, base, n_steps, data, held_out, accelerator)
+    if not config.teacher_lora:
+        _give_lora(model, config, accelerator, base_stays=reference is not None)
+    _distil(model, config, n_steps, data, held_out, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _save(config, model, base, base_tokenizer)
     return config.out / "checkpoint"
 
 
+def _give_lora(model: CodiModel, config: Resolved, accelerator: Accelerator, base_stays: bool) -> None:
+    """Freeze the base and give it trainable LoRA weights; a base that stays where it is need not be held in full."""
+    add_lora(model.base, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_modules)
+    if base_stays and config.precision == "bf16":
+        freeze_in_bfloat16(model.base)
+    model.base.to(accelerator.device)
+
+
 def _distil(
     model: CodiModel,
     config: Resolved,
-    base: Any,
     n_steps: int,
     data: Sequence[Problem] | None,
     held_out: Sequence[Problem],
     accelerator: Accelerator,
 ) -> None:
     """The second stage: LoRA and the projection learn what the teacher knows."""
-    add_lora(model.base, config.lora_r, config.lora_alpha)
-    if isinstance(base, str) and config.precision == "bf16":
-        freeze_in_bfloat16(model.base)
-    model.base.to(accelerator.device)
     with torch.no_grad():
         rms = float(model.base.get_input_embeddings().weight.float().pow(2).mean().sqrt())
         model.prj.get_parameter("ln.weight").fill_(config.latent_scale or rms)
+    decoder = StepDecoder(model, config.decoder_layers).to(accelerator.device) if config.decoder_weight else None
     loss = DistillationLoss(
         model,
         config.n_latents,
@@ -142,14 +155,34 @@ def _distil(
         config.direct_fraction,
         config.merged,
         torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        step_latents=config.step_latents,
+        decoder=decoder,
+        decoder_weight=config.decoder_weight,
+        decoder_latents=config.decoder_latents,
     )
+    targets = targets_of(model, config, data, accelerator) if config.frozen_teacher and data is not None else None
     stage = Stage("distillation", n_steps, config.lr, config.weight_decay, (0.9, 0.999))
-    run_stage(stage, loss, model, config, data, held_out, accelerator)
+    run_stage(stage, loss, model, config, data, held_out, accelerator, targets)
 
 
 def _save(config: Resolved, model: CodiModel, base: Any, base_tokenizer: Any) -> None:
     """Write the checkpoint."""
     state = reference_state(model)
+    settings = {
+        "lora_r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "n_latents": config.n_latents,
+        "prj_dim": config.prj_dim,
+        "training": settings_of(config),
+    }
+    if config.checkpoint == "trained":
+        place = base_folder(config.init)
+        rows = AutoConfig.from_pretrained(place).get_text_config().vocab_size
+        held = "bfloat16" if config.precision == "bf16" else "float32"
+        save_trained(
+            config.out / "checkpoint", state, Base(str(base), base_hash(place), rows, held), model.protocol, settings
+        )
+        return
     if not isinstance(base, str):  # the base was rounded before; LoRA is rounded now, the projection stays as it is
         state = {k: v if k.startswith("prj.") else v.to(torch.bfloat16) for k, v in state.items()}
     save_checkpoint(

@@ -5,6 +5,7 @@ The state file {stage}.pt and log.csv are in the run folder. Knows nothing about
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from codi.batches import collate
 from codi.model import CodiModel
-from codi.training import DistillationLoss, collate, cosine_schedule
+from codi.targets import Targets
+from codi.training import DistillationLoss, cosine_schedule
 from experiments.study.steps import StepLog, load_state, save_state
 from experiments.tasks.problem import Problem
 from experiments.train.data import micro_batches, problems_of_step, text_of
@@ -37,9 +40,9 @@ class Stage:
     betas: tuple[float, float]
 
 
-def guidance(step: int, n_steps: int) -> float:
-    """Share of the step term's weight: 1 for 50 % of the stage, then falling to 0 at 75 %."""
-    return min(1.0, max(0.0, (0.75 - step / n_steps) / 0.25))
+def guidance(step: int, n_steps: int, until: float = 0.75) -> float:
+    """Share of the step term's weight: 1 for two thirds of `until` (a share of the stage), then falling to 0 at it."""
+    return min(1.0, max(0.0, 3 * (1 - step / n_steps / until))) if until else 0.0
 
 
 def run_stage(
@@ -50,6 +53,7 @@ def run_stage(
     data: Sequence[Problem] | None,
     held_out: Sequence[Problem],
     accelerator: Accelerator,
+    targets: Targets | None = None,
 ) -> None:
     """Optimise the trainable weights of `loss`, from the last state file on."""
     weights = {name: p for name, p in loss.named_parameters() if p.requires_grad}
@@ -67,14 +71,17 @@ def run_stage(
         disable=not main,
     )  # fmt: skip
     log = StepLog(config.out / "log.csv", stage.name, first) if main else None
+    loss.train()  # dropouts act
     for step in progress:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * cosine_schedule(step, stage.n_steps)
         if isinstance(loss, DistillationLoss):
-            loss.step_weight = config.step_weight * guidance(step, stage.n_steps)
+            loss.step_weight = config.step_weight * guidance(step, stage.n_steps, config.step_until)
         problems = problems_of_step(config, data, stage.name, step, stage.n_steps)
-        sums = _gradients(wrapped, model, config, problems, accelerator)
+        with torch.random.fork_rng():  # what is drawn here changes nothing that is drawn later
+            torch.manual_seed(_seed_of(config, stage.name, step, accelerator.process_index))
+            sums = _gradients(wrapped, model, config, problems, accelerator, targets)
         norm = accelerator.clip_grad_norm_(list(weights.values()), config.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -87,12 +94,25 @@ def run_stage(
         if main and config.eval_every and (last or (step + 1) % config.eval_every == 0):
             if isinstance(loss, DistillationLoss) and loss.lora is not None:
                 loss.lora.refresh()
+            loss.eval()
             with accelerator.autocast():
                 progress.write(f"{stage.name} step {step + 1}: {_accuracies(model, held_out, stage.name)}")
+            loss.train()
+    loss.eval()
+
+
+def _seed_of(config: Resolved, stage: str, step: int, rank: int) -> int:
+    """What dropout draws in a step is a function of these, so that a run that was stopped goes on as if it had not."""
+    return int.from_bytes(hashlib.sha256(f"{config.seed}-{stage}-{step}-{rank}".encode()).digest()[:7])
 
 
 def _gradients(
-    wrapped: nn.Module, model: CodiModel, config: Resolved, problems: Sequence[Problem], accelerator: Accelerator
+    wrapped: nn.Module,
+    model: CodiModel,
+    config: Resolved,
+    problems: Sequence[Problem],
+    accelerator: Accelerator,
+    targets: Targets | None = None,
 ) -> dict[str, float]:
     """Gradients of one step, added up over this process's micro-batches; the terms of the loss, as means over them."""
     micro_batch = micro_batch_of(config, accelerator.num_processes)
@@ -101,7 +121,9 @@ def _gradients(
     parts = list(micro_batches(problems, micro_batch, accelerator.process_index, accelerator.num_processes))
     for i, part in enumerate(parts):
         texts = [text_of(p, model.protocol.answer_style, config.last_step) for p in part]
-        batch = collate(texts, model).to(accelerator.device)
+        batch = collate(texts, model, steps=bool(config.decoder_weight)).to(accelerator.device)
+        if targets is not None:
+            batch = targets.put(batch, [p.prompt_id for p in part])
         with accelerator.accumulate() if i == len(parts) - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
                 losses = wrapped(batch)

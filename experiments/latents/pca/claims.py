@@ -22,11 +22,11 @@ from experiments.latents.pca.parity import parity_table
 from experiments.latents.pca.plan import Plan
 from experiments.statistics.clusters import Settings
 from experiments.statistics.effects import row_of
-from experiments.statistics.equivalence import Judgement, family_level, judge_absence, judge_presence
-from experiments.statistics.families import family_intervals
+from experiments.statistics.equivalence import family_level, judge_absence, judge_presence
 from experiments.study.claims import Claim, ClaimsTable, Verdict, effect_claim
-from experiments.study.edits.words import singles, together
-from experiments.study.verdicts import Question, judged_together, no_room
+from experiments.study.edits.claims import BestCell, best_cell, never_better, some_better
+from experiments.study.edits.words import together
+from experiments.study.verdicts import Question, judged_together
 
 __all__ = ["NEAR", "PUBLISHED_CELLS", "SEPARATED", "claims_of"]
 
@@ -65,52 +65,13 @@ def claims_of(plan: Plan, tables: Mapping[str, pd.DataFrame], rates: pd.DataFram
 
 
 def _never_better(tables: Mapping[str, pd.DataFrame], early: pd.DataFrame, settings: Settings) -> Claim:
-    best, lowest, note = _best_cell(tables, early, "embedding", settings)
-    blocked = no_room(lowest, "above", MARGIN)
-    family = int(best["cells"])
-    verdict = judge_absence(best["lower"], best["upper"], MARGIN, side="above", family=family)
-    if blocked:
-        verdict = dataclasses.replace(verdict, verdict="not testable", reason=blocked)
-    return effect_claim(
-        "S4 (baseline)",
-        "embedding steering never beats the baseline",
-        f"gain of the best cell over its unsteered exit is below {MARGIN}",
-        verdict,
-        best,
-        note,
-        "estimate",
-        _corrected("embedding", settings),
-    )
+    best = _best_cell(tables, early, "embedding", settings)
+    return never_better("S4 (baseline)", "embedding steering never beats the baseline", best)
 
 
 def _some_better(tables: Mapping[str, pd.DataFrame], early: pd.DataFrame, settings: Settings) -> Claim:
-    """Held by a cell that is better than baseline and random directions; not held if no cell can gain anything."""
-    best, lowest, note = _best_cell(tables, early, "kv", settings)
-    cells = tables["cells"]
-    number = int(((cells["space"] == "kv") & (cells["verdict"] == "improvement")).sum())
-    family = int(best["cells"])
-    lower, upper = float(best["lower"]), float(best["upper"])
-    if few := singles(_gains(tables["evidence"], "kv"), settings.alpha):
-        note = f"{few}: only that no cell gains could be said here, the rest is judged in S5 (together); {note}"
-    if blocked := no_room(lowest, "above", MARGIN):
-        verdict = Judgement("not testable", blocked, lower, upper, MARGIN, family)
-    elif number:
-        verdict = Judgement("held", f"{number} cells are improvements", lower, upper, MARGIN, family)
-    elif upper <= MARGIN:
-        verdict = Judgement("not held", f"no cell gains as much as {MARGIN}", lower, upper, MARGIN, family)
-    else:
-        verdict = Judgement("undecided", "none survives, but a gain cannot be excluded", lower, upper, MARGIN, family)
-    return effect_claim(
-        "S5 (any)",
-        "some KV directions beat the baseline and random directions",
-        "cells above baseline and random directions, corrected (number: gain of the best cell); not held if no cell "
-        f"can gain {MARGIN}",
-        verdict,
-        best,
-        note,
-        "estimate",
-        _corrected("kv", settings),
-    )
+    statement = "some KV directions beat the baseline and random directions"
+    return some_better("S5 (any)", statement, _best_cell(tables, early, "kv", settings), elsewhere="S5 (together)")
 
 
 def _better_together(evidence: pd.DataFrame, rates: pd.DataFrame, settings: Settings) -> Claim:
@@ -136,35 +97,15 @@ def _gains(evidence: pd.DataFrame, space: str) -> Mapping[str, Any]:
     return row_of(evidence, {"space": space, "tail": "gain"})
 
 
-def _best_cell(
-    tables: Mapping[str, pd.DataFrame], early: pd.DataFrame, space: str, settings: Settings
-) -> tuple[dict[str, Any], float, str]:
-    """The largest gain over the cells of a space with an interval by those of all of them together, the lowest
-    unsteered accuracy of any exit, and a note."""
+def _best_cell(tables: Mapping[str, pd.DataFrame], early: pd.DataFrame, space: str, settings: Settings) -> BestCell:
+    """The largest gain over the cells of a space."""
     cells = tables["cells"]
-    part = cells[cells["space"] == space]
     wide = early[early["space"] == space].pivot_table(
         index=["prompt_id", "cluster"], columns=["source", "target", "coefficient", "latent"], values="gain"
     )
     clusters = wide.index.get_level_values("cluster").to_numpy()
-    table = family_intervals(wide.to_numpy(float), clusters, [(-1.0, 1.0)] * wide.shape[1], settings)
-    best: dict[str, Any] = {str(name): value for name, value in table.iloc[table["estimate"].argmax()].items()}
-    best |= {"lower": table["lower"].max(), "upper": table["upper"].max(), "cells": len(table)}
-    number, better = int((part["verdict"] == "improvement").sum()), int((part["gain_q"] <= settings.alpha).sum())
-    above = (
-        f"{better} of {len(part)} cells are above the baseline alone (q ≤ {settings.alpha:g})"
-        if singles(_gains(tables["evidence"], space), settings.alpha)
-        else f"{number} of {len(part)} cells are improvements after correction"
-    )
-    note = (
-        f"{above}; best unsteered accuracy {part['baseline'].max():.2f}; the interval is that of the largest gain of "
-        "any cell"
-    )
-    return best, float(part["baseline"].min()), note
-
-
-def _corrected(space: str, settings: Settings) -> str:
-    return f"max-t over the cells of {space} space, together at {100 * settings.level:g} %"
+    part, gains = cells[cells["space"] == space], _gains(tables["evidence"], space)
+    return best_cell(wide.to_numpy(float), clusters, part, gains, settings, f"{space} space")
 
 
 # --- Means over prompts -----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ HUB_DEFAULTS: dict[str, tuple[str | None, str]] = {
 }
 
 TASK_HELP = (
-    "allowed: arithmetic, polynomial (or such as polynomial:m=97,b=3), templates, a file ending in "
+    "allowed: arithmetic, polynomial (or such as polynomial:m=97,b=3), templates, word-problems, a file ending in "
     f"{', '.join(FILE_TYPES)}, a folder of such .txt files or in the layout of a hub data set, or a hub id such as "
     f"{', '.join(HUB_DEFAULTS)}"
 )
