@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from codi.batches import _step_ends
 from codi.tokenizer import build_tokenizer
-from codi.training import _step_ends
 from experiments.latents.options import NecessityOptions, ProbesOptions
 from experiments.tasks import endless, generator_of, is_endless, load_task
 from experiments.tasks.chains import equations, score_arithmetic
