@@ -175,7 +175,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "published": Command(
         "experiments.page.published_options:PublishedOptions",
-        "experiments.page.published:main",
+        "experiments.page.published:main_published",
         "the published checkpoints: accuracy beside the published figures, grids, studies, one page (needs a GPU)",
     ),
     "findings-language": Command(

@@ -292,7 +292,8 @@ def collect(
         raise ValueError(f"no study could be run on {title}: {refused[named[-1]]}")
     assert all((options.out / entry.name / FILE).exists() for entry in chosen if entry.name not in named)
     where = f"{options.page}" if options.html is None else f"{options.page}, and {options.html}"
-    print(f"{len(chosen) - len(named)} studies in {options.out}; the page is {where}")
+    ran = f"{len(chosen) - len(named)} studies in {options.out}; " if options.run else ""
+    print(f"{ran}the page is {where}")
     if named:
         print(f"not run on {title}, see the page: {', '.join(named)}")
 

@@ -28,10 +28,10 @@ from experiments.statistics.words import interval
 from experiments.study.run import to_stderr
 from experiments.tasks import TASK_NAMES, load_task
 
-__all__ = ["accuracies", "entries_of", "fetch", "main"]
+__all__ = ["accuracies", "entries_of", "fetch", "main_published"]
 
 
-def main(options: PublishedOptions) -> None:
+def main_published(options: PublishedOptions) -> None:
     """Fetch what is needed, run everything, write the pages.
 
     Raises:

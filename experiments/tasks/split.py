@@ -157,9 +157,10 @@ def load_split(
         candidates = _from_another(derivation_task, evaluation, derivation, seed, suffix, decimal_comma)
     elif generator_of(task):
         evaluation = load("test", limit)
-        taken = {trait for problem in evaluation for trait in _traits(problem)}
-        found = _with_twins(load("derivation", derivation), task, evaluation if donors else (), seed, suffix)
-        candidates = [problem for problem in found if not taken & _traits(problem)]
+        found = load("derivation", derivation)
+        if donors:
+            found = _with_donors(found, task, evaluation, seed, suffix)
+        candidates = _apart(found, evaluation)
     else:
         problems = load("test", None)
         fraction = min(0.5, derivation / len(problems))
@@ -168,8 +169,7 @@ def load_split(
         except ValueError as error:
             raise ValueError(f"{task}: {error}") from None
         evaluation = _chosen(evaluation, limit, seed)
-        taken = {trait for problem in evaluation for trait in _traits(problem)}
-        candidates = _chosen([problem for problem in candidates if not taken & _traits(problem)], derivation, seed)
+        candidates = _chosen(_apart(candidates, evaluation), derivation, seed)
     if len(candidates) < 2:
         source = derivation_task if other else task
         advice = "another one" if other else "give --derivation-task, another task to derive them from"
@@ -181,13 +181,18 @@ def load_split(
     return Split(tuple(candidates), tuple(evaluation))
 
 
-def _with_twins(
+def _apart(problems: Sequence[Problem], evaluation: Sequence[Problem]) -> list[Problem]:
+    """Those that share nothing with an evaluated one."""
+    taken = {trait for problem in evaluation for trait in _traits(problem)}
+    return [problem for problem in problems if not taken & _traits(problem)]
+
+
+def _with_donors(
     found: list[Problem], task: str, evaluation: Sequence[Problem], seed: int, suffix: str
 ) -> list[Problem]:
-    """As many derivation prompts; of the task "polynomial" up to half of them have all values of an evaluation
-    prompt."""
+    """As many derivation prompts, up to half of them with the values of an evaluation prompt, if the task can do so."""
     kind = polynomial.parse(task)
-    if kind is None or not evaluation:
+    if kind is None:
         return found
     made = with_suffix(polynomial.twins(evaluation[: len(found) // 2], kind, "derivation", seed), suffix)
     return list({problem.question: problem for problem in (*made, *found)}.values())[: len(found)]
@@ -198,14 +203,12 @@ def _from_another(
 ) -> list[Problem]:
     """At most `number` prompts of a task that share nothing with the evaluated ones (a seeded choice)."""
     split = "derivation" if generator_of(task) else "train"
-    taken = {trait for problem in evaluation for trait in _traits(problem)}
     ids = {problem.prompt_id for problem in evaluation}
     # Of an endless task more than asked for, because some of its prompts may share numbers with evaluated ones.
     limit = 2 * number if is_endless(task) else None
     found = [
         replace(problem, prompt_id=f"derivation-{problem.prompt_id}") if problem.prompt_id in ids else problem
-        for problem in load_task(task, split, limit, seed, suffix, decimal_comma=decimal_comma)
-        if not taken & _traits(problem)
+        for problem in _apart(load_task(task, split, limit, seed, suffix, decimal_comma=decimal_comma), evaluation)
     ]
     return _chosen(found, number, seed)
 
