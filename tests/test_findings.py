@@ -15,7 +15,7 @@ from codi import CodiModel
 from experiments import cli
 from experiments.commands import COMMANDS, study_of
 from experiments.page import findings
-from experiments.page.findings import arguments, options_of
+from experiments.page.findings import arguments, fitting, options_of
 from experiments.page.html import as_html
 from experiments.page.markdown import claims_table, demoted, found, section, shown, write_page
 from experiments.page.options import MARKER, FindingsOptions, LanguageFindingsOptions
@@ -60,6 +60,21 @@ def test_every_study_is_a_command_with_defaults_of_its_own() -> None:
     assert (options.COMMAND, options.seed, options.rope, options.batch_size) == ("necessity", 3, "published", 5)
     assert options.out == Path("a/necessity")
     assert Entry("x", ("lens", "show", "--top", "3"), "?").words == "lens show"
+
+
+def test_a_study_of_one_task_is_made_on_models_of_that_task(tmp_path: Path) -> None:
+    def names(data: str, *only: str) -> list[str]:
+        (tmp_path / "codi.json").write_text(json.dumps({"training": {"data": data}}))
+        return [one.name for one in fitting(FindingsOptions(model=str(tmp_path), only=only), STUDIES)]
+
+    every = [entry.name for entry in STUDIES]
+    assert names("polynomial:m=97,b=3") == names("polynomial") == every
+    assert names("arithmetic") == [name for name in every if name != "polynomial"]
+    assert "polynomial" in names("arithmetic", "polynomial")  # asked for
+    entry = next(entry for entry in STUDIES if entry.name == "polynomial")
+    (tmp_path / "codi.json").write_text(json.dumps({"training": {"data": "polynomial:m=97,b=3"}}))
+    given = arguments(FindingsOptions(model=str(tmp_path)), entry)
+    assert given[given.index("--task") + 1] == "polynomial:m=97,b=3"
 
 
 def test_a_study_is_found_by_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

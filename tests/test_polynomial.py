@@ -167,7 +167,7 @@ def test_columns_of_the_numbers(codi_model: CodiModel) -> None:
 
 def test_it_runs_on_a_model(codi_model: CodiModel, tmp_path: Path) -> None:
     options = PolynomialOptions(
-        task="polynomial:m=5,b=1", min_steps=3, max_steps=4, limit=20, derivation=20, hidden=4, folds=3, resamples=100,
+        task="polynomial:m=5,b=1", min_steps=3, max_steps=4, limit=20, choosing=20, hidden=4, folds=3, resamples=100,
         max_new_tokens=1, out=tmp_path / "run",
     )  # fmt: skip
     options.check_inputs()

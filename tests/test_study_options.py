@@ -171,7 +171,7 @@ def _classes() -> dict[str, type[Options]]:
 JUDGES = {
     *("sweep", "eval", "train", "lens detect", "alternation", "findings", "published", "polynomial"),
     *("necessity", "transfer", "anchors", "early-exit", "patch", "pca", "control sweep", "control transfer"),
-}  # fmt: skip
+}
 """Commands that say which answers are right."""
 
 

@@ -220,6 +220,7 @@ WRITERS: dict[str, list[str]] = {
     "anchors": ["anchors", "--limit", "8", "--derivation", "24"],
     "early-exit": ["early-exit", "--limit", "8", "--derivation", "24"],
     "pca": ["pca", "--limit", "8", "--derivation", "24"],
+    "polynomial": ["polynomial", "--limit", "20"],
     "circuit": ["circuit", *LM],
     "circuit-latents": ["circuit-latents"],
     "tune": ["tune", *LM],

@@ -156,7 +156,7 @@ def main(options: FindingsOptions) -> None:
         to_stderr(f"{options.page} compares several models and is left as it is")
         options = options.on(options.models[0])
         options.check_inputs()
-    entries = [entry for entry in STUDIES if not entry.compared or entry.name in options.only]
+    entries = [entry for entry in fitting(options, STUDIES) if not entry.compared or entry.name in options.only]
     collect(options, entries, models, options.models[0])
 
 
@@ -185,14 +185,23 @@ def compare(
     text = ""
     for one in each:
         model = one.models[0]
-        own = _entries(one, entries)
-        asked = [on.name for entry, on in zip(entries, own, strict=True) if not one.only or entry.name in one.only]
+        mine = fitting(one, entries)
+        own = _entries(one, mine)
+        asked = [on.name for entry, on in zip(mine, own, strict=True) if not one.only or entry.name in one.only]
         collect(one, own, Models(), model, asked, alone=False)
-        columns = [Column(o.models[0], o.page, tuple(found(o.out, _entries(o, entries))), told(o)) for o in each]
+        columns = [
+            Column(o.models[0], o.page, tuple(found(o.out, _entries(o, fitting(o, entries)))), told(o)) for o in each
+        ]
         text = write_comparison(options.page, columns, above(columns))
     if options.html is not None:
         write_whole(options.html, as_html(text, options.page.parent).encode())
     print(f"the comparison of {', '.join(Path(one.models[0]).name for one in each)} is {options.page}")
+
+
+def fitting(options: FindingsOptions, entries: Sequence[Entry]) -> list[Entry]:
+    """The studies but for those of a task that this model was not trained on, unless they are asked for."""
+    task = trained_on(options).split(":")[0]
+    return [entry for entry in entries if entry.of_task in ("", task) or entry.name in options.only]
 
 
 def _entries(options: FindingsOptions, entries: Sequence[Entry]) -> list[Entry]:

@@ -26,6 +26,7 @@ class Entry:
         reads: options that name a folder which another study wrote, each with that study.
         model: of a page about several models, the one that it is run on.
         compared: it belongs to comparisons of several models; on the page of one it stands only where it is asked for.
+        of_task: generated task that it is about: it is made on models that were trained on this task, or asked for.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     reads: tuple[tuple[str, str], ...] = ()
     model: str = ""
     compared: bool = False
+    of_task: str = ""
 
     def on(self, model: str, plain: Collection[str] = ()) -> Entry:
         """The same study on one of several models, its folder and pictures named after both.
@@ -94,6 +96,13 @@ STUDIES: tuple[Entry, ...] = (
         "Does adding a difference of latents ever help, to the cache or to what is fed?",
         ("*-difference-c1",),
         compared=True,
+    ),  # fmt: skip
+    Entry(
+        "polynomial",
+        ("polynomial",),
+        "Where the states of an iteration are read, which way its inputs go.",
+        ("reads",),
+        of_task="polynomial",
     ),  # fmt: skip
 )
 

@@ -25,7 +25,7 @@ class PolynomialOptions(IntervalOptions, AnswerOptions, RunOptions, TaskOptions,
     """
 
     COMMAND: ClassVar[str] = "polynomial"
-    AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 20, "derivation": 20, "folds": 3, "hidden": 2}
+    AT_LEAST: ClassVar[Mapping[str, float]] = {"limit": 20, "choosing": 20, "folds": 3, "hidden": 2}
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"against"})
 
     out: Path = Path("runs/polynomial")
@@ -37,7 +37,7 @@ class PolynomialOptions(IntervalOptions, AnswerOptions, RunOptions, TaskOptions,
     """Most hops that are asked, up to 5."""
     limit: int = 800  # type: ignore[assignment]
     """Evaluation prompts of each number of hops."""
-    derivation: int = 800
+    choosing: int = 800
     """Other prompts of each number of hops, on which the place is chosen where a state is read best."""
     hidden: int = 200
     """Of the evaluation prompts of each number of hops, on how many inputs are hidden."""
@@ -85,7 +85,7 @@ class PolynomialOptions(IntervalOptions, AnswerOptions, RunOptions, TaskOptions,
         return joined_split({
             f"{hops} hops": named_apart(
                 two_splits(
-                    self.task, self.limit, self.derivation, seed, suffix, known_steps=hops, min_steps=hops,
+                    self.task, self.limit, self.choosing, seed, suffix, known_steps=hops, min_steps=hops,
                     max_steps=hops, reach=self.reach, reading=self.reading,
                 ),
                 hops,
