@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from experiments.tasks.problem import Problem
+from experiments.tasks.streams import checked_lengths, distinct
 
 __all__ = ["MAX_STEPS", "MAX_VALUE", "OPERATIONS", "SPLITS", "corpus_sentences", "generate", "split_of", "stream"]
 
@@ -186,13 +187,7 @@ def stream(
         ValueError: unknown split, steps outside 1..5, or so many problems in a row that do not reach `reach` that there
             may be none.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if not 1 <= min_steps <= max_steps <= MAX_STEPS:
-        raise ValueError(f"steps must satisfy 1 <= min <= max <= {MAX_STEPS}, got {min_steps} and {max_steps}")
-    lengths = list(range(min_steps, max_steps + 1))
-    if weights is not None and len(weights) != len(lengths):
-        raise ValueError(f"{len(lengths)} weights are needed for {min_steps}..{max_steps} steps, got {len(weights)}")
+    lengths = checked_lengths(split, SPLITS, (min_steps, max_steps), (1, MAX_STEPS), weights)
     rng = random.Random(f"arithmetic-{split}-{seed}")
     index = tries = 0
     while True:
@@ -235,22 +230,9 @@ def generate(
     Raises:
         ValueError: n < 1, or so many that distinct combinations run out.
     """
-    if n < 1:
-        raise ValueError(f"the number of problems must be at least 1, got {n}")
-    seen: set[str] = set()
-    problems: list[Problem] = []
-    for tries, problem in enumerate(stream(seed, split, min_steps, max_steps, reach=reach)):
-        if problem.cluster not in seen:
-            seen.add(problem.cluster)
-            problems.append(problem)
-        if len(problems) == n:
-            return problems
-        if tries > 200 * n + 10_000:
-            raise ValueError(
-                f"only {len(problems)} distinct number combinations found for {min_steps}..{max_steps} "
-                f"steps in split {split!r}; ask for fewer than {n}"
-            )
-    raise AssertionError("an endless stream ended")
+    found = stream(seed, split, min_steps, max_steps, reach=reach)
+    what = f"distinct number combinations found for {min_steps}..{max_steps} steps in split {split!r}"
+    return distinct(found, n, what)
 
 
 def corpus_sentences() -> list[str]:

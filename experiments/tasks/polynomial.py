@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from experiments.tasks.problem import Problem
+from experiments.tasks.streams import checked_lengths, distinct
 
 __all__ = [
     "CHAIN_PIECES", "HOPS", "MAX_HOPS", "MIN_HOPS", "NAME", "Polynomial", "corpus_sentences", "generate", "parse",
@@ -126,13 +127,7 @@ def stream(
         ValueError: unknown split, hops outside 1..5, or so many draws in a row without a problem that there may be
             none.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if not MIN_HOPS <= min_steps <= max_steps <= MAX_HOPS:
-        raise ValueError(f"hops must satisfy {MIN_HOPS} <= min <= max <= {MAX_HOPS}, got {min_steps} and {max_steps}")
-    lengths = list(range(min_steps, max_steps + 1))
-    if weights is not None and len(weights) != len(lengths):
-        raise ValueError(f"{len(lengths)} weights are needed for {min_steps}..{max_steps} hops, got {len(weights)}")
+    lengths = checked_lengths(split, SPLITS, (min_steps, max_steps), (MIN_HOPS, MAX_HOPS), weights, "hops")
     kind = kind or Polynomial()
     rng = random.Random(f"{NAME}-{kind.m}-{kind.b}-{split}-{seed}")
     index = tries = 0
@@ -173,19 +168,8 @@ def generate(
     Raises:
         ValueError: n < 1, or so many that different sequences run out.
     """
-    if n < 1:
-        raise ValueError(f"the number of problems must be at least 1, got {n}")
-    found: dict[str, Problem] = {}
-    for tries, problem in enumerate(stream(seed, split, min_steps, max_steps, None, reach, kind)):
-        found.setdefault(problem.cluster, problem)
-        if len(found) == n:
-            return list(found.values())
-        if tries > 200 * n + 10_000:
-            raise ValueError(
-                f"only {len(found)} different sequences found for {min_steps}..{max_steps} hops in split {split!r}; "
-                f"ask for fewer than {n}"
-            )
-    raise AssertionError("an endless stream ended")
+    found = stream(seed, split, min_steps, max_steps, None, reach, kind)
+    return distinct(found, n, f"different sequences found for {min_steps}..{max_steps} hops in split {split!r}")
 
 
 def twins(problems: Sequence[Problem], kind: Polynomial, split: str, seed: int = 0) -> list[Problem]:
