@@ -169,12 +169,6 @@ LANGUAGE_STUDIES: tuple[Entry, ...] = (
         ("effects*", "*"),
     ),
     Entry(
-        "circuit-all",
-        ("circuit", "--demonstrations", "0", "--positions", "all", "--limit", "8", "--what", "effects", "knockout"),
-        "Heads patched at every token, as published: are the best ones enough?",
-        ("effects", "knockout"),
-    ),
-    Entry(
         "circuit-shown",
         ("circuit", "--what", "flow", "mixing", "rift"),
         "The same behind six solved ontologies: sources, pairs of words, pretraining against context.",
