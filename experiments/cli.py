@@ -71,7 +71,7 @@ def usage() -> str:
         [
             "usage: codi [-h] [--version] COMMAND [OPTIONS]",
             "",
-            "Look into, steer and test machine reasoning: latents of CODI models, control vectors, written chains of thought.",
+            "Look into, steer and test machine reasoning: CODI latents, control vectors, written chains of thought.",
             "",
             "commands:",
             *lines,
