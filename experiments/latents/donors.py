@@ -52,8 +52,12 @@ def by_key(problems: Sequence[Problem]) -> dict[Key, list[int]]:
 def other_keys(keys: Sequence[Key], problem: Problem) -> list[Key]:
     """The keys that differ from the problem's in every value that both have, the answer (the last one) among them."""
     own = key_of(problem)
-    # Keys of problems with other numbers of steps are compared as far as both go: strict=False.
-    return [key for key in keys if key[-1] != own[-1] and all(a != b for a, b in zip(key, own, strict=False))]
+
+    def differs(key: Key) -> bool:
+        both = min(len(key), len(own))  # problems of other numbers of steps are compared as far as both go
+        return key[-1] != own[-1] and all(a != b for a, b in zip(key[:both], own[:both], strict=True))
+
+    return [key for key in keys if differs(key)]
 
 
 def unlike(problem: Problem, other: Problem) -> bool:

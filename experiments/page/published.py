@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def fetch(each: Sequence[PublishedOptions], entries: Sequence[Entry], only: Sequ
 
 def _tasks(command: Sequence[str]) -> Iterator[str]:
     """Data sets that a command names."""
-    for option, value in zip(command, command[1:], strict=False):
+    for option, value in pairwise(command):
         if option in ("--task", "--derivation-task") and value not in TASK_NAMES:
             yield value
 

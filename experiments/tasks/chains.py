@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal
 
 from experiments.tasks.ontology import Sentence
@@ -160,7 +161,7 @@ def equations(text: str, units: Sequence[str] = ()) -> list[Equation]:
         for part in match["parts"].split("="):
             parts.append((part, at, at + len(part)))
             at += len(part) + 1
-        for (left, start, _), (right, _, end) in zip(parts, parts[1:], strict=False):
+        for (left, start, _), (right, _, end) in pairwise(parts):
             if not re.search(r"[\d)%]\s*(?:\*|[-+/^x])", left + " " + right) and not any(
                 re.search(rf"[\d)]\s*{_REMAINDER}", side) for side in (left, right)
             ):

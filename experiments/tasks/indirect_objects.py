@@ -202,7 +202,7 @@ def generate(
             rng.shuffle(order)
         elif sentences.startswith("B"):
             order.reverse()
-        slots = dict(zip(("first", "second", "third"), order, strict=False))
+        slots = dict(zip(("first", "second", "third")[: len(order)], order, strict=True))
         if hard:
             slots["other"] = names[2]
         found.append(
